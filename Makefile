@@ -1,0 +1,34 @@
+# `make demo` shows the whole thing on the shipped sample; `make test` runs the suite. Both set up .venv first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test lint clean setup bench
+
+demo: setup
+	$(BIN)/python -m t5x_domain.demo
+
+test: setup
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests
+
+lint: setup
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+bench: setup
+	$(BIN)/python benchmarks/data_pipeline.py
+	$(BIN)/python benchmarks/train_step.py
+
+setup: $(READY)
+
+$(READY): setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12))' || { \
+	  echo "t5x_domain needs Python 3.12 or newer, but '$(PYTHON)' is $$($(PYTHON) --version 2>&1 | cut -d' ' -f2)." \
+	       "Install one and run: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) (about two minutes) ..."
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info
