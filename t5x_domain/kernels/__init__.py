@@ -1,0 +1,1 @@
+"""Pure functions on arrays: attention, relative bias, cross-entropy."""

@@ -1,0 +1,96 @@
+"""T5's bucketed relative-position bias, formed from its table without ever storing a (query, key) array of buckets.
+
+The bias depends on `key position - query position` alone, so it is one vector of diagonals per head; a block of the
+bias matrix is that vector read at shifting offsets (a Toeplitz block).
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from t5x_domain.kernels.precision import accumulator
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RelativeBias:
+    """A learned bias added to attention logits (Raffel et al. 2020, section 2.1).
+
+    Attributes:
+      table: [num_buckets, num_heads] float32, one row a bucket.
+      bidirectional: half of the buckets are for keys after the query; otherwise such keys share bucket 0.
+      max_distance: distances from here on share the last bucket.
+    """
+
+    table: jax.Array
+    bidirectional: bool = dataclasses.field(metadata={"static": True})
+    max_distance: int = dataclasses.field(default=128, metadata={"static": True})
+
+
+def relative_position_bucket(
+    relative_position: np.ndarray, *, bidirectional: bool, num_buckets: int = 32, max_distance: int = 128
+) -> np.ndarray:
+    """T5's bucket of `key position - query position`, computed on the host.
+
+    Half of a direction's buckets hold one distance each, the other half grow logarithmically up to `max_distance`.
+
+    Args:
+      relative_position: integers of any shape.
+
+    Returns:
+      int32 of the same shape, in [0, num_buckets).
+    """
+    distance = -np.asarray(relative_position, np.int64)
+    bucket = np.zeros_like(distance)
+    if bidirectional:
+        num_buckets //= 2
+        bucket += (distance < 0) * num_buckets
+        distance = np.abs(distance)
+    else:
+        distance = np.maximum(distance, 0)
+    exact = num_buckets // 2
+    # float32 as in the published implementations: bucket borders then fall where their checkpoints expect them.
+    growth = np.log(np.maximum(distance, 1).astype(np.float32) / exact) / np.float32(np.log(max_distance / exact))
+    large = np.minimum(exact + (growth.astype(np.float32) * (num_buckets - exact)).astype(np.int64), num_buckets - 1)
+    return (bucket + np.where(distance < exact, distance, large)).astype(np.int32)
+
+
+def diagonals(bias: RelativeBias, query_length: int, key_length: int, query_offset: int = 0) -> jax.Array:
+    """Bias of every diagonal: entry `j` belongs to `key - query = j - (query_length - 1) - query_offset`.
+
+    Returns:
+      [num_heads, query_length + key_length - 1] float32.
+    """
+    relative_position = np.arange(query_length + key_length - 1) - (query_length - 1) - query_offset
+    buckets = relative_position_bucket(
+        relative_position,
+        bidirectional=bias.bidirectional,
+        num_buckets=bias.table.shape[0],
+        max_distance=bias.max_distance,
+    )
+    table = bias.table.astype(accumulator(bias.table.dtype))
+    # A product with one-hot rows, not a gather: its gradient is a product too, hence deterministic on every device.
+    one_hot = jax.nn.one_hot(buckets, bias.table.shape[0], dtype=table.dtype)
+    return jnp.einsum("jn,nh->hj", one_hot, table, precision=jax.lax.Precision.HIGHEST)
+
+
+def toeplitz(diagonal: jax.Array, rows: int) -> jax.Array:
+    """[H, rows + columns - 1] diagonals -> [H, rows, columns] with `out[h, r, c] = diagonal[h, c - r + rows - 1]`.
+
+    Repeating the vector with one more element than the row is long moves every next row one step to the right, so
+    only copies are needed: no gather, and the transpose (`toeplitz_transpose`) needs no scatter.
+    """
+    heads, length = diagonal.shape
+    padded = jnp.pad(diagonal, ((0, 0), (0, 1)))
+    skewed = jnp.tile(padded, (1, rows))[:, : rows * length].reshape(heads, rows, length)
+    return skewed[:, :, rows - 1 :]
+
+
+def toeplitz_transpose(block: jax.Array) -> jax.Array:
+    """Sums of the diagonals of [H, rows, columns]: the gradient of `toeplitz`, [H, rows + columns - 1]."""
+    heads, rows, columns = block.shape
+    length = rows + columns - 1
+    skewed = jnp.pad(block, ((0, 0), (0, 0), (rows - 1, 0))).reshape(heads, rows * length)
+    return jnp.pad(skewed, ((0, 0), (0, rows))).reshape(heads, rows, length + 1).sum(axis=1)[:, :length]

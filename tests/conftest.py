@@ -1,0 +1,6 @@
+"""Eight CPU devices, so that every test of sharding runs anywhere. Set before jax is imported."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"

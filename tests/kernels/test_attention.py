@@ -1,0 +1,286 @@
+"""Attention and its gradients against a dense float64 reference that carries its own error bound."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jaxpr_shapes import intermediate_shapes
+
+from t5x_domain.kernels.attention import attention
+from t5x_domain.kernels.mask import BIDIRECTIONAL, CAUSAL, Mask, SegmentIds
+from t5x_domain.kernels.relative_bias import RelativeBias, relative_position_bucket
+
+UNIT = {"float32": 2**-24, "bfloat16": 2**-9}  # unit roundoff
+
+
+@dataclasses.dataclass
+class Case:
+    """Arrays in float64 and the options of one call."""
+
+    q: np.ndarray  # [B, Sq, H, D]
+    k: np.ndarray  # [B, Sk, Hk, D]
+    v: np.ndarray
+    d_out: np.ndarray
+    mask: Mask
+    table: np.ndarray | None = None  # [buckets, H]
+    bidirectional: bool = True
+    query_ids: np.ndarray | None = None
+    key_ids: np.ndarray | None = None
+    prefix: np.ndarray | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def allowed(self) -> np.ndarray:
+        """[B, Sq, Sk] bool, the mask pair by pair."""
+        (batch, queries), keys = self.q.shape[:2], self.k.shape[1]
+        i, j = np.arange(queries)[:, None], np.arange(keys)[None]
+        result = np.ones((batch, queries, keys), bool)
+        if self.query_ids is not None:
+            result &= (self.query_ids[:, :, None] == self.key_ids[:, None]) & (self.query_ids[:, :, None] != 0)
+        if self.mask.causal:
+            in_prefix = np.zeros((batch, 1, keys), bool) if self.prefix is None else self.prefix[:, None] > 0
+            result &= (j <= i) | in_prefix
+        if self.mask.window is not None:
+            result &= (j - i >= -self.mask.window[0]) & (j - i <= self.mask.window[1])
+        return result
+
+    def reference(self, unit: float) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Output and gradients, each with a bound of what rounding may change.
+
+        Every result is a sum of products of exact inputs and of probabilities. A sum of n terms has an error of at most
+        n u times the sum of the terms' magnitudes, and exp turns an absolute error of a logit into a relative one of a
+        probability. So: relative error of any term <= epsilon, bound = epsilon * the same sum over magnitudes.
+        """
+        groups = self.q.shape[2] // self.k.shape[2]
+        k, v = (np.repeat(a, groups, axis=2) for a in (self.k, self.v))
+        queries, keys, dim = self.q.shape[1], k.shape[1], k.shape[3]
+        product = lambda spec, a, b: (np.einsum(spec, a, b), np.einsum(spec, abs(a), abs(b)))  # noqa: E731
+        raw, raw_size = (self.scale * a for a in product("bihd,bjhd->bhij", self.q, k))
+        bucket = relative_position_bucket(
+            np.arange(keys)[None] - np.arange(queries)[:, None],
+            bidirectional=self.bidirectional,
+            num_buckets=8,
+            max_distance=20,
+        )
+        if self.table is not None:
+            bias = self.table[bucket].transpose(2, 0, 1)
+            raw, raw_size = raw + bias, raw_size + abs(bias)
+        logits, slope = raw, 1.0
+        if self.softcap is not None:
+            logits = self.softcap * np.tanh(raw / self.softcap)
+            slope = 1 - np.tanh(raw / self.softcap) ** 2
+        allowed = self.allowed()[:, None]
+        p = np.where(allowed, np.exp(logits), 0)
+        p = p / np.maximum(p.sum(-1, keepdims=True), 1e-300)
+
+        out, out_size = product("bhij,bjhd->bihd", p, v)
+        dp, dp_size = product("bihd,bjhd->bhij", self.d_out, v)
+        delta, delta_size = (
+            np.einsum("bihd,bihd->bhi", a, b)[..., None] for a, b in ((out, self.d_out), (out_size, abs(self.d_out)))
+        )
+        ds, ds_size = p * (dp - delta) * slope, p * (dp_size + delta_size)
+        dv, dv_size = product("bhij,bihd->bjhd", p, self.d_out)
+        dq, dq_size = np.einsum("bhij,bjhd->bihd", ds, k), np.einsum("bhij,bjhd->bihd", ds_size, abs(k))
+        dk, dk_size = np.einsum("bhij,bihd->bjhd", ds, self.q), np.einsum("bhij,bihd->bjhd", ds_size, abs(self.q))
+        one_hot = np.eye(8)[bucket]
+        d_table, d_table_size = (np.einsum("ijn,bhij->nh", one_hot, a) for a in (ds, ds_size))
+        grouped = lambda a: a.reshape(*a.shape[:2], -1, groups, dim).sum(3)  # noqa: E731
+
+        # A logit's own sum has dim terms and the bias two, scale, cap, mask and log-sum-exp (keys) round a few times
+        # more; the cap's derivative 1 - tanh² cancels, which costs its relative error nothing below |raw| ~ softcap.
+        top = (raw_size * allowed).max() + np.log(keys) + 1
+        steps = dim + keys + 8
+        logit_error = 2**-24 * steps * top
+        terms = 2 * queries * groups * self.q.shape[0] + keys + dim
+        epsilon = 4 * logit_error + 2**-24 * terms + (4 * unit if unit > 2**-24 else 0)
+        scaled = self.scale
+        return {
+            "out": (out, epsilon * out_size),
+            "q": (scaled * dq, epsilon * scaled * dq_size),
+            "k": (scaled * grouped(dk), epsilon * scaled * grouped(dk_size)),
+            "v": (grouped(dv), epsilon * grouped(dv_size)),
+            "table": (d_table, epsilon * d_table_size),
+        }
+
+    def call(self, q, k, v, table, chunk_size):
+        """Our kernel."""
+        ids = None
+        if self.query_ids is not None:
+            ids = SegmentIds(jnp.asarray(self.query_ids), jnp.asarray(self.key_ids))
+        return attention(
+            q,
+            k,
+            v,
+            mask=self.mask,
+            relative_bias=None if table is None else RelativeBias(table, self.bidirectional, 20),
+            segment_ids=ids,
+            prefix=None if self.prefix is None else jnp.asarray(self.prefix),
+            scale=self.scale,
+            softcap=self.softcap,
+            chunk_size=chunk_size,
+        )
+
+
+def check(case: Case, chunk_size: int | None = None, dtype: str = "float32") -> None:
+    """Compares output and all gradients, element by element."""
+    # The reference starts from the rounded inputs, so that only the kernel's own rounding is left.
+    cast = lambda a: jnp.asarray(a, dtype)  # noqa: E731
+    exact = {name: np.asarray(cast(getattr(case, name)), np.float64) for name in ("q", "k", "v", "d_out")}
+    table = None if case.table is None else jnp.asarray(case.table, jnp.float32)
+    if table is not None:
+        exact["table"] = np.asarray(table, np.float64)
+    expected = dataclasses.replace(case, **exact).reference(UNIT[dtype])
+    inputs = (cast(case.q), cast(case.k), cast(case.v), table)
+
+    @jax.jit
+    def run(inputs, d_out):
+        out, pull = jax.vjp(lambda *inputs: case.call(*inputs, chunk_size), *inputs)
+        return out, *pull(d_out)
+
+    for (name, (value, bound)), actual in zip(expected.items(), run(inputs, cast(case.d_out)), strict=True):
+        if actual is None:
+            assert name == "table" and table is None
+            continue
+        error = np.abs(np.asarray(actual, np.float64) - value)
+        assert (error <= bound).all(), (
+            f"{name}: {error.max():.3g}, {(error / np.maximum(bound, 1e-300)).max():.3g} bounds"
+        )
+
+
+def segments(rng: np.random.Generator, batch: int, length: int, count: int) -> np.ndarray:
+    """`count` packed segments of random lengths, some perhaps empty, and padding at the end."""
+    borders = np.sort(rng.integers(0, length + 1, (batch, count)), axis=1)
+    ids = 1 + (np.arange(length)[None, :, None] >= borders[:, None]).sum(-1)
+    return np.where(ids <= count, ids, 0).astype(np.int32)
+
+
+def leading(rng: np.random.Generator, ids: np.ndarray) -> np.ndarray:
+    """A prefix of random length of every segment."""
+    prefix = np.zeros_like(ids)
+    for row, mark in zip(ids, prefix, strict=True):
+        for segment in set(row[row > 0]):
+            positions = np.flatnonzero(row == segment)
+            mark[positions[: rng.integers(0, len(positions) + 1)]] = 1
+    return prefix
+
+
+@st.composite
+def cases(draw):
+    """Everything that can be combined; sizes are few so that most draws differ in what matters."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    batch, kv_heads, groups, dim = (draw(st.sampled_from(a)) for a in ((1, 2), (1, 2), (1, 3), (2, 5)))
+    queries, cross = draw(st.integers(1, 19)), draw(st.booleans())
+    keys = draw(st.integers(1, 19)) if cross else queries
+    heads, normal = kv_heads * groups, rng.standard_normal
+    case = Case(
+        q=normal((batch, queries, heads, dim)),
+        k=normal((batch, keys, kv_heads, dim)),
+        v=normal((batch, keys, kv_heads, dim)),
+        d_out=normal((batch, queries, heads, dim)),
+        mask=BIDIRECTIONAL,
+        scale=draw(st.sampled_from((1.0, 0.5))),
+        softcap=draw(st.sampled_from((None, 3.0))),
+    )
+    if draw(st.booleans()):
+        count = draw(st.integers(1, 4))
+        case.query_ids = segments(rng, batch, queries, count)
+        case.key_ids = segments(rng, batch, keys, count) if cross else case.query_ids
+    if not cross:
+        window = draw(st.none() | st.tuples(st.integers(0, 6), st.integers(0, 6)))
+        case.mask = Mask(causal=draw(st.booleans()), window=window)
+        if case.mask.causal and draw(st.booleans()):
+            ids = np.ones((batch, queries), np.int32) if case.query_ids is None else case.query_ids
+            case.prefix = leading(rng, ids)
+        if draw(st.booleans()):
+            case.table, case.bidirectional = normal((8, heads)), draw(st.booleans())
+    return case
+
+
+@settings(max_examples=25, deadline=None)
+@given(case=cases(), chunk_size=st.sampled_from((1, 4, 7, 64)))
+def test_output_and_gradients_equal_the_dense_reference(case, chunk_size):
+    check(case, chunk_size)
+
+
+def make(rng, batch=2, queries=40, keys=40, heads=4, kv_heads=2, dim=8, **options) -> Case:
+    """A case of ordinary size."""
+    normal = rng.standard_normal
+    return Case(
+        q=normal((batch, queries, heads, dim)),
+        k=normal((batch, keys, kv_heads, dim)),
+        v=normal((batch, keys, kv_heads, dim)),
+        d_out=normal((batch, queries, heads, dim)),
+        **options,
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_t5_packed(dtype, causal):
+    rng = np.random.default_rng(0)
+    ids = segments(rng, 2, 40, 3)
+    table = rng.standard_normal((8, 4))
+    options = {"query_ids": ids, "key_ids": ids, "table": table, "bidirectional": not causal}
+    check(make(rng, mask=Mask(causal=causal), **options), 16, dtype)
+
+
+def test_default_chunk_is_not_visible_in_the_result():
+    check(make(np.random.default_rng(1), queries=150, keys=150, mask=CAUSAL), None)
+
+
+def test_rows_without_keys_give_zeros_and_pass_no_gradient():
+    rng = np.random.default_rng(2)
+    ids = np.array([[1, 1, 2, 0, 0], [0, 0, 0, 0, 0]], np.int32)
+    other = np.array([[1, 3, 3, 0], [1, 1, 0, 0]], np.int32)  # segment 2 has no keys, segment 3 no queries
+    case = make(rng, queries=5, keys=4, mask=BIDIRECTIONAL, query_ids=ids, key_ids=other)
+    out, pull = jax.vjp(
+        lambda q, k, v: case.call(q, k, v, None, 2), *(jnp.float32(a) for a in (case.q, case.k, case.v))
+    )
+    dq, dk, dv = pull(jnp.ones_like(out))
+    without_keys = np.array([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]], bool)
+    assert (np.asarray(out)[without_keys] == 0).all() and (np.asarray(out)[~without_keys] != 0).all()
+    assert (np.asarray(dq)[without_keys] == 0).all()
+    unseen = np.array([[0, 1, 1, 1], [1, 1, 1, 1]], bool)
+    assert (np.asarray(dk)[unseen] == 0).all() and (np.asarray(dv)[unseen] == 0).all()
+
+
+def test_large_logits_do_not_overflow():
+    case = make(np.random.default_rng(3), mask=CAUSAL)
+    out = case.call(*(jnp.float32(100 * a) for a in (case.q, case.k, case.v)), None, 16)
+    assert np.isfinite(out).all()
+
+
+@pytest.mark.parametrize("with_gradient", [False, True])
+def test_no_array_of_queries_times_keys(with_gradient):
+    queries, keys = 96, 80
+
+    def run(chunk_size):
+        case = make(np.random.default_rng(4), queries=queries, keys=keys, mask=BIDIRECTIONAL)
+        inputs = [jnp.float32(a) for a in (case.q, case.k, case.v, np.zeros((8, 4)))]
+        total = lambda *inputs: case.call(*inputs, chunk_size).sum()  # noqa: E731
+        shapes = intermediate_shapes(jax.grad(total, (0, 1, 2, 3)) if with_gradient else total, *inputs)
+        return [shape for shape in shapes if np.prod(shape) >= queries * keys * 4]
+
+    assert run(queries), "the detector sees nothing"
+    assert not run(8)
+
+
+def test_memory_of_the_compiled_gradient():
+    """8192 x 8192 logits of 2 heads are 512 MiB; 128 chunks of 64 queries need 4 MiB each, of which a few are alive."""
+    length, heads, dim = 8192, 2, 8
+    x = jax.ShapeDtypeStruct((1, length, heads, dim), jnp.float32)
+    total = lambda q, k, v: attention(q, k, v, mask=CAUSAL, chunk_size=64).sum()  # noqa: E731
+    compiled = jax.jit(jax.grad(total, (0, 1, 2))).lower(x, x, x).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 32 * 2**20
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    x, y = jnp.zeros((1, 4, 3, 2)), jnp.zeros((1, 4, 2, 2))
+    with pytest.raises(ValueError, match="3 query heads"):
+        attention(x, y, y, mask=CAUSAL)
+    with pytest.raises(ValueError, match="not for 3 heads"):
+        attention(x, x, x, mask=CAUSAL, relative_bias=RelativeBias(jnp.zeros((8, 2)), True))
