@@ -1,0 +1,124 @@
+"""Every knob of the transformer. T5, UL2, Llama-, Gemma- and ModernBERT-shaped models are settings of these."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal
+
+import gin
+from t5x_domain.errors import UserError
+
+GLOBAL, LOCAL = "global", "local"
+
+
+@gin.configurable
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Shape and options of a transformer; the defaults are those of T5.1.1 (gated GELU, untied output embedding).
+
+    Attributes:
+      vocab_size: rows of the embedding; at least the vocabulary's, often a multiple of 128.
+      embed_dim: width of the residual stream.
+      mlp_dim: width of the feed-forward layer.
+      num_heads: query heads.
+      head_dim: width of a head.
+      num_kv_heads: key and value heads; None for as many as query heads (Ainslie et al. 2023 for fewer).
+      num_encoder_layers: 0 in a decoder-only model.
+      num_decoder_layers: 0 in an encoder-only model.
+      mlp_activations: one activation, or several whose branches are multiplied (Shazeer 2020): ("gelu", "linear") is
+        GEGLU, ("silu", "linear") SwiGLU, ("relu",) the plain layer of T5 1.0. "gelu" is the tanh form of T5 and
+        Gemma, "gelu_exact" (with erf) that of BERT and ModernBERT.
+      norm: "rmsnorm" or "layernorm" (without bias).
+      norm_epsilon: added to the variance.
+      norm_unit_offset: scale by 1 + weight, weight starting at 0 (Gemma).
+      norm_placement: "pre", or "pre_post" for a norm before and after each sub-layer (Gemma 2).
+      embedding_norm: a norm right after the embedding (ModernBERT).
+      position: "relative_bias" (T5), "rope" (Su et al. 2021), or "none".
+      relative_bias_buckets, relative_bias_max_distance: of T5's bias.
+      relative_bias_per_layer: a table for each layer (umT5) instead of one shared by the stack.
+      rope_base: base of the rotation in global layers.
+      rope_base_local: base in local layers.
+      layer_pattern: kinds of consecutive layers, "global" or "local", repeated through the stack. Layers left over
+        when the depth is no multiple of the pattern follow its beginning.
+      local_window: a local layer's query sees keys at most this many positions away.
+      attention_scale: "none" as T5, whose initialiser makes up for it, or "head_dim" for 1/sqrt(head_dim).
+      qk_norm: RMSNorm of queries and keys, per head (Dehghani et al. 2023).
+      attention_softcap, final_logit_softcap: soft caps of Gemma 2; None for none.
+      tie_embeddings: use the input embedding for the output as well.
+      scale_embedding: multiply embeddings by sqrt(embed_dim) (Gemma).
+      scale_logits: divide logits by sqrt(embed_dim) (T5 1.0, with tied embeddings).
+      dropout_rate: on embeddings, sub-layer outputs and inside the feed-forward layer.
+      dtype: of activations and matrix products; parameters, softmax, norms and the loss are float32 (float64 with
+        "float64", which is for tests of exactness).
+      scan_layers: compile one pattern of layers and loop over it, so that depth costs no compile time.
+      remat: what the backward pass recomputes: "none", "minimal" (all but matrix products without a batch dimension),
+        "full" (all).
+    """
+
+    vocab_size: int
+    embed_dim: int = 512
+    mlp_dim: int = 1024
+    num_heads: int = 6
+    head_dim: int = 64
+    num_kv_heads: int | None = None
+    num_encoder_layers: int = 8
+    num_decoder_layers: int = 8
+    mlp_activations: Sequence[str] = ("gelu", "linear")
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    norm_epsilon: float = 1e-6
+    norm_unit_offset: bool = False
+    norm_placement: Literal["pre", "pre_post"] = "pre"
+    embedding_norm: bool = False
+    position: Literal["relative_bias", "rope", "none"] = "relative_bias"
+    relative_bias_buckets: int = 32
+    relative_bias_max_distance: int = 128
+    relative_bias_per_layer: bool = False
+    rope_base: float = 10_000.0
+    rope_base_local: float = 10_000.0
+    layer_pattern: Sequence[str] = (GLOBAL,)
+    local_window: int = 128
+    attention_scale: Literal["none", "head_dim"] = "none"
+    qk_norm: bool = False
+    attention_softcap: float | None = None
+    final_logit_softcap: float | None = None
+    tie_embeddings: bool = False
+    scale_embedding: bool = False
+    scale_logits: bool = False
+    dropout_rate: float = 0.0
+    dtype: str = "bfloat16"
+    scan_layers: bool = True
+    remat: Literal["none", "minimal", "full"] = "none"
+
+    def __post_init__(self) -> None:
+        """Raises UserError for a value that no model can have."""
+        choices = {
+            "norm": ("rmsnorm", "layernorm"),
+            "norm_placement": ("pre", "pre_post"),
+            "position": ("relative_bias", "rope", "none"),
+            "attention_scale": ("none", "head_dim"),
+            "remat": ("none", "minimal", "full"),
+            "dtype": ("float32", "bfloat16", "float64"),
+        }
+        for key, allowed in choices.items():
+            if getattr(self, key) not in allowed:
+                raise UserError(f"ModelConfig.{key} = {getattr(self, key)!r}: choose one of {', '.join(allowed)}.")
+        lists = {
+            "mlp_activations": ("gelu", "gelu_exact", "relu", "silu", "linear"),
+            "layer_pattern": (GLOBAL, LOCAL),
+        }
+        for key, allowed in lists.items():
+            if not getattr(self, key) or not set(getattr(self, key)) <= set(allowed):
+                raise UserError(f"ModelConfig.{key} = {getattr(self, key)!r}: a list of {', '.join(allowed)}.")
+        if self.num_heads % self.kv_heads:
+            raise UserError(
+                f"ModelConfig.num_heads = {self.num_heads} is no multiple of num_kv_heads = {self.kv_heads}; "
+                "each key head serves the same number of query heads."
+            )
+        if self.position == "rope" and self.head_dim % 2:
+            raise UserError(f"ModelConfig.head_dim = {self.head_dim} must be even for position = 'rope'.")
+        if not 0 <= self.dropout_rate < 1:
+            raise UserError(f"ModelConfig.dropout_rate = {self.dropout_rate} must be in [0, 1).")
+
+    @property
+    def kv_heads(self) -> int:
+        """Key and value heads."""
+        return self.num_kv_heads or self.num_heads

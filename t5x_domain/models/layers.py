@@ -1,0 +1,129 @@
+"""Layers that know nothing of attention: linear maps, norms, feed-forward, embedding, rotation, dropout.
+
+Parameters are float32 and carry the names of their axes (`logical_axes`), which parallel/ maps to a mesh.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from t5x_domain.kernels.precision import accumulator
+from t5x_domain.models.config import ModelConfig
+from t5x_domain.parallel.sharding import constrain
+
+ACTIVATIONS = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu_exact": lambda x: jax.nn.gelu(x, approximate=False),
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+    "linear": lambda x: x,
+}
+
+
+def normal_param(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, axes: tuple[str, ...]) -> nnx.Param:
+    """A float32 parameter drawn from N(0, std²)."""
+    return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32), logical_axes=axes)
+
+
+def dropout(x: jax.Array, rate: float, rng: jax.Array | None) -> jax.Array:
+    """Zeroes a share `rate` of x and scales up the rest; the identity without `rng`."""
+    if rng is None or rate == 0:
+        return x
+    return jnp.where(jax.random.bernoulli(rng, 1 - rate, x.shape), x / (1 - rate), 0).astype(x.dtype)
+
+
+class Linear(nnx.Module):
+    """x @ kernel, without bias."""
+
+    def __init__(
+        self, in_dim: int, out_dim: int, *, axes: tuple[str, str], dtype: str, rngs: nnx.Rngs, std: float | None = None
+    ) -> None:
+        """`std` of the initial kernel; by default 1/sqrt(in_dim)."""
+        self.kernel = normal_param(rngs, (in_dim, out_dim), in_dim**-0.5 if std is None else std, axes)
+        self.dtype = jnp.dtype(dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., in_dim] -> [..., out_dim]."""
+        return x @ self.kernel[...].astype(self.dtype)
+
+
+class Norm(nnx.Module):
+    """RMSNorm (Zhang & Sennrich 2019) or LayerNorm without bias, computed in float32."""
+
+    def __init__(self, config: ModelConfig, dim: int | None = None, kind: str | None = None) -> None:
+        """`dim` is the width normalised, by default the embedding's; `kind` overrides `config.norm`."""
+        start = jnp.zeros if config.norm_unit_offset else jnp.ones
+        self.scale = nnx.Param(start(dim or config.embed_dim, jnp.float32), logical_axes=("norm",))
+        self.kind, self.epsilon = kind or config.norm, config.norm_epsilon
+        self.offset = 1.0 if config.norm_unit_offset else 0.0
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., dim] -> the same shape and dtype."""
+        y = x.astype(accumulator(x.dtype))
+        if self.kind == "layernorm":
+            y = y - y.mean(axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(axis=-1, keepdims=True) + self.epsilon)
+        return (y * (self.scale[...] + self.offset)).astype(x.dtype)
+
+
+class Mlp(nnx.Module):
+    """Feed-forward layer; with several activations its branches are multiplied (Shazeer 2020, "GLU variants")."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+        """Builds one input kernel for each activation and the output kernel."""
+        sizes = {"dtype": config.dtype, "rngs": rngs}
+        self.wi = nnx.List(
+            [Linear(config.embed_dim, config.mlp_dim, axes=("embed", "mlp"), **sizes) for _ in config.mlp_activations]
+        )
+        self.wo = Linear(config.mlp_dim, config.embed_dim, axes=("mlp", "embed"), **sizes)
+        self.activations, self.dropout_rate = tuple(config.mlp_activations), config.dropout_rate
+
+    def __call__(self, x: jax.Array, rng: jax.Array | None = None) -> jax.Array:
+        """[B, T, embed_dim] -> the same."""
+        branches = [ACTIVATIONS[name](wi(x)) for name, wi in zip(self.activations, self.wi, strict=True)]
+        return self.wo(dropout(math.prod(branches[1:], start=branches[0]), self.dropout_rate, rng))
+
+
+class Embedding(nnx.Module):
+    """Token embedding and, tied or not, the kernel that turns hidden states into logits."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+        """T5 draws the embedding from N(0, 1); a scaled one (Gemma) from N(0, 1/embed_dim)."""
+        shape, axes = (config.vocab_size, config.embed_dim), ("vocab", "embed")
+        narrow = config.embed_dim**-0.5
+        self.embedding = normal_param(rngs, shape, narrow if config.scale_embedding else 1.0, axes)
+        self.output = None if config.tie_embeddings else normal_param(rngs, shape, narrow, axes)
+        self.norm = Norm(config) if config.embedding_norm else None
+        self.config = config
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """[B, T] int32 -> [B, T, embed_dim] in the compute dtype."""
+        # Gathered over fsdp before the look-up, as every other parameter is before its use.
+        table = constrain(self.embedding[...].astype(self.config.dtype), "vocab", None)
+        x = table[tokens]
+        if self.config.scale_embedding:
+            x = x * jnp.asarray(self.config.embed_dim**0.5, x.dtype)
+        return x if self.norm is None else self.norm(x)
+
+    @property
+    def output_kernel(self) -> jax.Array:
+        """[vocab_size, embed_dim] float32."""
+        return (self.embedding if self.output is None else self.output)[...]
+
+
+def rotate(x: jax.Array, positions: jax.Array, base: float) -> jax.Array:
+    """Rotary position embedding (Su et al. 2021), halves of the head rotated against each other as in Llama.
+
+    Args:
+      x: [B, T, H, D].
+      positions: [B, T] int32, restarting with each packed segment.
+      base: wavelengths run from 2 pi to 2 pi base.
+    """
+    half = x.shape[-1] // 2
+    frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = positions[..., None, None].astype(jnp.float32) * frequency  # [B, T, 1, D/2]
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    first, second = jnp.split(x.astype(accumulator(x.dtype)), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

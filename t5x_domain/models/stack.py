@@ -1,0 +1,173 @@
+"""A stack of transformer blocks: one repeating pattern, compiled once and scanned."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from flax import nnx
+
+from t5x_domain.kernels.mask import SegmentIds
+from t5x_domain.models.attention import Attention, RelativeBiasTable
+from t5x_domain.models.config import ModelConfig
+from t5x_domain.models.layers import Mlp, Norm, dropout
+from t5x_domain.parallel.sharding import constrain
+
+_REMAT_POLICIES = {
+    "minimal": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class SubLayer(nnx.Module):
+    """Residual connection around `inner`, with the norm before it and, if asked for, after it."""
+
+    def __init__(self, config: ModelConfig, inner: nnx.Module) -> None:
+        """`inner` maps [B, T, embed_dim] to the same."""
+        self.norm = Norm(config)
+        self.inner = inner
+        self.post_norm = Norm(config) if config.norm_placement == "pre_post" else None
+        self.dropout_rate = config.dropout_rate
+
+    def __call__(self, x: jax.Array, rng: jax.Array | None, /, **inputs: Any) -> jax.Array:
+        """x + dropout(inner(norm(x)))."""
+        y = self.inner(self.norm(x), **inputs)
+        if self.post_norm is not None:
+            y = self.post_norm(y)
+        return constrain(x + dropout(y, self.dropout_rate, rng), "batch", "length", "embed_activation")
+
+
+class Block(nnx.Module):
+    """Self-attention, cross-attention if there is a memory, feed-forward."""
+
+    def __init__(self, config: ModelConfig, *, kind: str, causal: bool, cross_attention: bool, rngs: nnx.Rngs) -> None:
+        """`kind` is "global" or "local"."""
+        own_bias = config.position == "relative_bias" and config.relative_bias_per_layer
+        self.relative_bias = RelativeBiasTable(config, bidirectional=not causal, rngs=rngs) if own_bias else None
+        self.self_attention = SubLayer(config, Attention(config, kind=kind, rngs=rngs))
+        self.cross_attention = (
+            SubLayer(config, Attention(config, kind="global", rngs=rngs)) if cross_attention else None
+        )
+        self.mlp = SubLayer(config, Mlp(config, rngs=rngs))
+        self.causal = causal
+
+    def __call__(
+        self, x: jax.Array, rng: jax.Array | None, shared: Mapping[str, Any], cross: Mapping[str, Any] | None
+    ) -> jax.Array:
+        """[B, T, embed_dim] -> the same; `shared` and `cross` are what self- and cross-attention are called with."""
+        rngs = (None,) * 4 if rng is None else jax.random.split(rng, 4)
+        bias = shared["relative_bias"] if self.relative_bias is None else self.relative_bias()
+        x = self.self_attention(x, rngs[0], **{**shared, "relative_bias": bias}, causal=self.causal)
+        if self.cross_attention is not None:
+            x = self.cross_attention(x, rngs[1], **cross)
+        return self.mlp(x, rngs[2], rng=rngs[3])
+
+
+class Pattern(nnx.Module):
+    """One turn of `config.layer_pattern`, or its beginning."""
+
+    def __init__(self, config: ModelConfig, kinds: tuple[str, ...], *, rngs: nnx.Rngs, **options: bool) -> None:
+        """One block for each kind."""
+        self.blocks = nnx.List([Block(config, kind=kind, rngs=rngs, **options) for kind in kinds])
+
+    def __call__(
+        self, x: jax.Array, rng: jax.Array | None, shared: Mapping[str, Any], cross: Mapping[str, Any] | None
+    ) -> jax.Array:
+        """Runs the blocks one after the other."""
+        for i, block in enumerate(self.blocks):
+            x = block(x, None if rng is None else jax.random.fold_in(rng, i), shared, cross)
+        return x
+
+
+class Stack(nnx.Module):
+    """All blocks of an encoder or a decoder, and the norm after the last."""
+
+    def __init__(
+        self, config: ModelConfig, num_layers: int, *, causal: bool, cross_attention: bool = False, rngs: nnx.Rngs
+    ) -> None:
+        """`num_layers` blocks: whole patterns are scanned, what is left over follows."""
+        kinds, options = tuple(config.layer_pattern), {"causal": causal, "cross_attention": cross_attention}
+        repeats, rest = divmod(num_layers, len(kinds))
+        if not config.scan_layers:
+            kinds, repeats, rest = kinds * repeats + kinds[:rest], 0, num_layers
+        one_bias = config.position == "relative_bias" and not config.relative_bias_per_layer
+        self.relative_bias = RelativeBiasTable(config, bidirectional=not causal, rngs=rngs) if one_bias else None
+        self.layers = _stacked(lambda rngs: Pattern(config, kinds, rngs=rngs, **options), repeats, rngs)
+        self.rest = Pattern(config, kinds[:rest], rngs=rngs, **options) if rest else None
+        self.norm = Norm(config)
+        self.config = config
+
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        segment_ids: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        prefix: jax.Array | None = None,
+        memory: jax.Array | None = None,
+        memory_segment_ids: jax.Array | None = None,
+        rng: jax.Array | None = None,
+    ) -> jax.Array:
+        """Runs the stack.
+
+        Args:
+          x: [B, T, embed_dim], embedded tokens.
+          segment_ids: [B, T] int32, packed examples; 0 is padding.
+          positions: [B, T] int32, restarting with each segment.
+          prefix: [B, T], tokens seen by their whole segment although the stack is causal.
+          memory: [B, S, embed_dim], an encoder's output to attend to.
+          memory_segment_ids: [B, S] int32.
+          rng: key for dropout; None for none.
+
+        Returns:
+          [B, T, embed_dim], normalised.
+        """
+        shared = {
+            "segment_ids": None if segment_ids is None else SegmentIds(segment_ids, segment_ids),
+            "positions": positions,
+            "prefix": prefix,
+            "relative_bias": None if self.relative_bias is None else self.relative_bias(),
+        }
+        cross = None
+        if memory is not None:
+            ids = None if segment_ids is None else SegmentIds(segment_ids, memory_segment_ids)
+            cross = {"memory": memory, "segment_ids": ids}
+        if rng is None:
+            embed_rng = scan_rng = rest_rng = norm_rng = None
+        else:
+            embed_rng, scan_rng, rest_rng, norm_rng = jax.random.split(rng, 4)
+
+        x = dropout(x, self.config.dropout_rate, embed_rng)
+        if self.layers is not None:
+            x = self._scan(x, scan_rng, shared, cross)
+        if self.rest is not None:
+            x = self._remat(self.rest)(x, rest_rng, shared, cross)
+        return dropout(self.norm(x), self.config.dropout_rate, norm_rng)
+
+    def _scan(self, x: jax.Array, rng: jax.Array | None, shared: Mapping[str, Any], cross: Any) -> jax.Array:
+        graph, params = nnx.split(self.layers)
+        repeats = jax.tree.leaves(params)[0].shape[0]
+        rngs = None if rng is None else jax.random.split(rng, repeats)
+
+        def body(x: jax.Array, layer: tuple[Any, Any]) -> tuple[jax.Array, None]:
+            params, rng = layer
+            call = lambda params, x, rng, shared, cross: nnx.merge(graph, params)(x, rng, shared, cross)  # noqa: E731
+            return self._remat(call)(params, x, rng, shared, cross), None
+
+        return jax.lax.scan(body, x, (params, rngs))[0]
+
+    def _remat(self, call: Any) -> Any:
+        """`call`, whose backward pass recomputes what `config.remat` says."""
+        if self.config.remat == "none":
+            return call
+        # Inside a scan XLA cannot undo the recomputation, so the costly barrier against that is not needed.
+        return jax.checkpoint(call, policy=_REMAT_POLICIES[self.config.remat], prevent_cse=not self.config.scan_layers)
+
+
+def _stacked(make: Any, repeats: int, rngs: nnx.Rngs) -> nnx.Module | None:
+    """`repeats` modules as one, whose parameters have a leading axis named "layers"."""
+    if repeats == 0:
+        return None
+    stacked = nnx.split_rngs(splits=repeats)(nnx.vmap(make, in_axes=0, out_axes=0))(rngs)
+    for _, param in nnx.to_flat_state(nnx.state(stacked)):
+        param.set_metadata("logical_axes", ("layers", *param.logical_axes))
+    return stacked

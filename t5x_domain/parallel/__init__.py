@@ -1,0 +1,1 @@
+"""Meshes, logical axes and the rules that map one to the other."""

@@ -1,0 +1,52 @@
+"""The device mesh: how many devices share the batch, the parameters, the sequence and each matrix product."""
+
+import dataclasses
+import math
+
+import jax
+import numpy as np
+
+import gin
+from t5x_domain.errors import UserError
+
+AXES = ("data", "fsdp", "sequence", "tensor")
+
+
+@gin.configurable
+@dataclasses.dataclass(frozen=True)
+class MeshShape:
+    """Devices along each axis; at most one may be -1, which takes all that are left.
+
+    Attributes:
+      data: copies of the parameters, each with its share of the batch.
+      fsdp: shares of the parameters, gathered when used; splits the batch as well (ZeRO-3: Rajbhandari et al. 2020).
+      sequence: shares of the sequence length.
+      tensor: shares of heads, feed-forward width and vocabulary (Shoeybi et al. 2019).
+    """
+
+    data: int = -1
+    fsdp: int = 1
+    sequence: int = 1
+    tensor: int = 1
+
+    def build(self, devices: list[jax.Device] | None = None) -> jax.sharding.Mesh:
+        """The mesh over `devices`, by default all.
+
+        Raises:
+          UserError: the sizes do not multiply to the number of devices.
+        """
+        devices = jax.devices() if devices is None else devices
+        sizes = [getattr(self, axis) for axis in AXES]
+        known = math.prod(size for size in sizes if size != -1)
+        if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+            raise UserError(f"{self}: sizes are positive, and one of them may be -1 for 'all that are left'.")
+        sizes = [max(len(devices) // known, 1) if size == -1 else size for size in sizes]
+        if math.prod(sizes) != len(devices):
+            raise UserError(
+                f"{self} asks for {math.prod(sizes)} devices, but there are {len(devices)}; "
+                "set MeshShape.data, .fsdp, .sequence and .tensor so that they multiply to that."
+            )
+        if jax.default_backend() == "cpu" or len(devices) == 1:
+            return jax.sharding.Mesh(np.asarray(devices).reshape(sizes), AXES)
+        # make_mesh knows the links between accelerators and lays the inner axes along the fast ones.
+        return jax.make_mesh(sizes, AXES, devices=devices, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))

@@ -1,0 +1,68 @@
+"""Rules that map the named axes of parameters and activations to the mesh. One device and a pod run the same code."""
+
+import contextlib
+import contextvars
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+# Parameters shard their `embed` axis over fsdp; activations keep theirs whole, hence the two names.
+RULES: Mapping[str, str | tuple[str, ...] | None] = {
+    "batch": ("data", "fsdp"),
+    "length": "sequence",
+    "embed_activation": None,
+    "vocab": "tensor",
+    "embed": "fsdp",
+    "mlp": "tensor",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "relative_bias_buckets": None,
+    "norm": None,
+    "layers": None,
+}
+_MESH: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar("mesh", default=None)
+
+
+@contextlib.contextmanager
+def use_mesh(mesh: Mesh) -> Iterator[None]:
+    """While active, `constrain` places activations on `mesh`."""
+    token = _MESH.set(mesh)
+    try:
+        yield
+    finally:
+        _MESH.reset(token)
+
+
+def spec(mesh: Mesh, shape: tuple[int, ...], names: tuple[str | None, ...]) -> PartitionSpec:
+    """Mesh axes for an array whose axes have these names.
+
+    An axis that the mesh axes do not divide stays whole: 6 heads on tensor=4, say, or a batch of 1.
+    """
+    axes = []
+    for size, name in zip(shape, names, strict=True):
+        rule = None if name is None else RULES[name]
+        parts = 1
+        for axis in (rule,) if isinstance(rule, str) else rule or ():
+            parts *= mesh.shape[axis]
+        axes.append(rule if parts > 1 and size % parts == 0 else None)
+    return PartitionSpec(*axes)
+
+
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+    """Asks the compiler to keep activation `x` where the rules put it; does nothing outside `use_mesh`."""
+    mesh = _MESH.get()
+    if mesh is None or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(mesh, x.shape, names)))
+
+
+def sharding(mesh: Mesh, shape: tuple[int, ...], names: tuple[str | None, ...]) -> NamedSharding:
+    """The sharding of a parameter whose axes have these names."""
+    return NamedSharding(mesh, spec(mesh, shape, names))
+
+
+def batch_sharding(mesh: Mesh, batch: Mapping[str, Any]) -> dict[str, NamedSharding]:
+    """Shardings of a batch's features, [B, T] each."""
+    return {key: sharding(mesh, value.shape, ("batch", "length")) for key, value in batch.items()}
