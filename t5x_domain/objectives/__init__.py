@@ -1,0 +1,1 @@
+"""What a model is asked to learn: a numpy half for the host, a loss for the device."""

@@ -1,0 +1,59 @@
+"""The device half of the language-modelling objectives: one loss for span corruption, prefix LM and causal LM."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import gin
+from t5x_domain.kernels.cross_entropy import cross_entropy
+
+Batch = Mapping[str, jax.Array]
+
+
+@gin.configurable
+def language_model_loss(
+    model: Any,
+    batch: Batch,
+    rng: jax.Array | None,
+    *,
+    num_corpora: int,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Cross-entropy of `decoder_target_tokens`, summed so that parts of a batch add up to the whole.
+
+    Args:
+      model: an assembly of `models`; it is called with the features it names in `inputs`.
+      batch: features [B, T]; `decoder_loss_weights` are 0 where a target does not count, `corpus_ids` name the corpus.
+      rng: key for dropout; None in evaluation.
+      num_corpora: length of the per-corpus sums.
+      z_loss, label_smoothing: see `kernels.cross_entropy`.
+
+    Returns:
+      The sum to differentiate (float32 scalar), and sums to report: `weight` (number of targets), `nll` (nats),
+      `correct`, and `corpus_nll`, `corpus_weight` of shape [num_corpora].
+    """
+    features = {name: batch[name] for name in model.inputs if name in batch}
+    hidden = model(**features, rng=rng)
+    weights = batch["decoder_loss_weights"]
+    loss, scores = cross_entropy(
+        hidden,
+        model.embedding.output_kernel,
+        batch["decoder_target_tokens"],
+        weights,
+        z_loss=z_loss,
+        label_smoothing=label_smoothing,
+        logit_scale=model.logit_scale,
+        softcap=model.config.final_logit_softcap,
+    )
+    nll = scores.nll * weights
+    corpus = jax.nn.one_hot(batch["corpus_ids"], num_corpora, dtype=jnp.float32)
+    return loss, {
+        "weight": weights.sum(),
+        "nll": nll.sum(),
+        "correct": (scores.correct * weights).sum(),
+        "corpus_nll": jnp.einsum("bt,btc->c", nll, corpus),
+        "corpus_weight": jnp.einsum("bt,btc->c", weights, corpus),
+    }
