@@ -1,0 +1,1 @@
+"""From documents to batches: sources, vocabulary, tasks, token cache, packing, loader."""

@@ -1,0 +1,287 @@
+"""The token cache: every document of a corpus, tokenised once, in a fixed shuffled order, read by range.
+
+    <cache_dir>/<corpus>/manifest.json
+                         <split>-00000-of-00004.arrayrecord      one record a document
+                         <split>-lengths-00000-of-00004.npy      uint32: tokens of each of its documents
+
+A record is a little-endian uint32 n, then n tokens (uint16 or uint32, as the manifest says), then the document's
+metadata as UTF-8 JSON. Documents stand in the order of a 64-bit hash of (corpus, split, position in the source); the
+hash's top bits choose the shard. So the order depends neither on the engine that writes nor on its number of workers.
+
+A cache is written into a hidden sibling folder and renamed when it is complete: what has its name is whole.
+"""
+
+import bisect
+import contextlib
+import functools
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import struct
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+
+from t5x_domain.errors import UserError
+
+FORMAT_VERSION = 1
+_COUNT = struct.Struct("<I")
+# Documents compressed together: a range of ten is read in 16 µs from groups of 32, in 23 µs from groups of 64, and the
+_WRITER_OPTIONS = "group_size:32"
+# Reads are short ranges; reading ahead would decode documents that nobody asked for.
+_READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
+
+
+class Record(NamedTuple):
+    """One document on its way into a shard; records sort by `key`, then by `position`."""
+
+    key: int  # 64-bit hash that fixes the place in the cache
+    position: tuple[int, int]  # (part of the source, record in the part)
+    num_tokens: int
+    num_bytes: int  # of the text in UTF-8
+    fields: tuple[str, ...]  # names of the metadata
+    payload: bytes  # as stored
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The smallest dtype that holds every id: little-endian uint16 or uint32."""
+    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+
+
+def encode_record(
+    corpus: str,
+    split: str,
+    position: tuple[int, int],
+    *,
+    tokens: np.ndarray,
+    num_bytes: int,
+    metadata: Mapping,
+    dtype: np.dtype,
+) -> Record:
+    """Tokens (int32 [n]) and metadata of a document as a record with its place in the shuffled order."""
+    place = f"{corpus}\0{split}\0{position[0]}\0{position[1]}".encode()
+    key = int.from_bytes(hashlib.blake2b(place, digest_size=8).digest(), "big")
+    fields = json.dumps(metadata, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode("utf-8")
+    payload = _COUNT.pack(len(tokens)) + tokens.astype(dtype).tobytes() + fields
+    return Record(key, position, len(tokens), num_bytes, tuple(metadata), payload)
+
+
+def shard_of(record: Record, num_shards: int) -> int:
+    """The shard of a record, by the top bits of its key: shards are nearly equal and stay in key order."""
+    return record.key * num_shards >> 64
+
+
+def write_shard(folder: Path, split: str, shard: int, num_shards: int, records: Iterable[Record]) -> dict:
+    """Writes one shard, in key order, and returns its entry for the manifest. `records` are sorted in memory."""
+    records = sorted(records)
+    suffix = f"{shard:05d}-of-{num_shards:05d}"
+    file, lengths_file = f"{split}-{suffix}.arrayrecord", f"{split}-lengths-{suffix}.npy"
+    writer = ArrayRecordWriter(str(folder / file), _WRITER_OPTIONS)
+    for record in records:
+        writer.write(record.payload)
+    writer.close()
+    np.save(folder / lengths_file, np.array([record.num_tokens for record in records], np.uint32))
+    return {
+        "file": file,
+        "lengths_file": lengths_file,
+        "documents": len(records),
+        "tokens": sum(record.num_tokens for record in records),
+        "bytes": sum(record.num_bytes for record in records),
+        "metadata_fields": sorted(set().union(*(record.fields for record in records))),
+        "checks": {name: _size_and_digest(folder / name) for name in (file, lengths_file)},
+    }
+
+
+@contextlib.contextmanager
+def writing(cache_dir: str | Path, corpus: str) -> Iterator[Path]:
+    """A folder to write a corpus into. It replaces `<cache_dir>/<corpus>` when the block ends, and goes if it fails.
+
+    The block must end with `write_manifest`. Leftovers of interrupted runs are removed first.
+    """
+    final = Path(cache_dir) / corpus
+    final.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in final.parent.glob(f".{corpus}.partial-*"):
+        shutil.rmtree(leftover)
+    partial, replaced = (final.with_name(f".{corpus}.partial-{os.getpid()}{suffix}") for suffix in ("", "-replaced"))
+    partial.mkdir()
+    try:
+        yield partial
+        if final.exists():
+            final.rename(replaced)
+        partial.rename(final)
+        _fsync(final.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def write_manifest(folder: Path, manifest: Mapping) -> None:
+    """Makes what is in `folder` durable, then writes the manifest: the last file of a cache."""
+    for path in folder.iterdir():
+        _fsync(path)
+    path = folder / "manifest.json"
+    path.write_text(json.dumps({"format_version": FORMAT_VERSION, **manifest}, indent=1) + "\n", encoding="utf-8")
+    _fsync(path)
+    _fsync(folder)
+
+
+class TokenCache:
+    """A complete cache of one corpus. Make one with `TokenCache.open`."""
+
+    def __init__(self, folder: Path, manifest: dict):
+        self.folder = folder
+        self.manifest = manifest
+
+    @classmethod
+    def open(
+        cls,
+        cache_dir: str | Path,
+        corpus: str,
+        *,
+        vocabulary_fingerprint: str | None = None,
+        version: int | None = None,
+    ) -> "TokenCache":
+        """Opens `<cache_dir>/<corpus>`; None accepts any vocabulary or version. Sizes are checked, digests are not.
+
+        Raises:
+          UserError: absent, partial, damaged, of another format, or made with another vocabulary or corpus version.
+        """
+        folder = Path(cache_dir) / corpus
+        manifest = _read_manifest(folder)
+        if manifest.get("format_version") != FORMAT_VERSION:
+            raise _stale(folder, f"has format {manifest.get('format_version')}, this program reads {FORMAT_VERSION}")
+        if version is not None and manifest["version"] != version:
+            raise _stale(folder, f"holds version {manifest['version']} of the corpus, but Corpus.version is {version}")
+        if vocabulary_fingerprint is not None and manifest["vocabulary"]["fingerprint"] != vocabulary_fingerprint:
+            raise _stale(folder, f"was made with another vocabulary ({_describe(manifest['vocabulary'])})")
+        cache = cls(folder, manifest)
+        for name, check in cache._checks():
+            path = folder / name
+            if not path.is_file():
+                raise _stale(folder, f"lacks {name}")
+            if path.stat().st_size != check["size"]:
+                raise _stale(folder, f"has {name} with {path.stat().st_size} bytes instead of {check['size']}")
+        return cache
+
+    @property
+    def splits(self) -> list[str]:
+        return list(self.manifest["splits"])
+
+    def split(self, name: str) -> "CachedSplit":
+        """Raises UserError when the corpus has no such split."""
+        if name not in self.manifest["splits"]:
+            raise UserError(f"{self.folder}: there is no split '{name}', only {', '.join(self.splits)}.")
+        return CachedSplit(self.folder, self.manifest, name)
+
+    def verify(self) -> None:
+        """Reads every file and compares its SHA-256 with the manifest's. Raises UserError naming the damaged file."""
+        for name, check in self._checks():
+            if _size_and_digest(self.folder / name) != check:
+                raise _stale(self.folder, f"has a damaged {name} (its SHA-256 differs)")
+
+    def _checks(self) -> Iterator[tuple[str, dict]]:
+        for split in self.manifest["splits"].values():
+            for shard in split["shards"]:
+                yield from shard["checks"].items()
+
+
+class CachedSplit:
+    """The documents of one split, by range. Safe to share between threads; pickles without its open files."""
+
+    def __init__(self, folder: Path, manifest: Mapping, split: str):
+        entry = manifest["splits"][split]
+        self.corpus: str = manifest["corpus"]
+        self.split = split
+        self.num_documents: int = entry["documents"]
+        self.num_tokens: int = entry["tokens"]
+        self.num_bytes: int = entry["bytes"]
+        self._arguments = (folder, manifest, split)
+        self._folder = folder
+        self._shards = entry["shards"]
+        self._first_documents = [0, *itertools.accumulate(shard["documents"] for shard in self._shards)]
+        self._dtype = np.dtype(manifest["token_dtype"])
+        self._readers: dict[int, ArrayRecordReader] = {}
+        self._lock = threading.Lock()
+
+    def __reduce__(self):  # noqa: ANN204
+        return CachedSplit, self._arguments
+
+    @functools.cached_property
+    def offsets(self) -> np.ndarray:
+        """int64 [num_documents + 1]: tokens before each document in stored order; EOS is not stored nor counted."""
+        lengths = [np.load(self._folder / shard["lengths_file"]) for shard in self._shards]
+        return np.concatenate([np.zeros(1, np.int64), np.cumsum(np.concatenate(lengths), dtype=np.int64)])
+
+    def documents(self, start: int, stop: int) -> list[np.ndarray]:
+        """Tokens of documents [start, stop), each int32 [n]. Raises IndexError outside the split."""
+        records = self._records(start, stop)
+        lengths = (self.offsets[start + 1 : stop + 1] - self.offsets[start:stop]).tolist()
+        return [
+            np.frombuffer(record, self._dtype, length, _COUNT.size).astype(np.int32)
+            for record, length in zip(records, lengths, strict=True)
+        ]
+
+    def metadata(self, start: int, stop: int) -> list[dict]:
+        """Metadata of documents [start, stop). Raises IndexError outside the split."""
+        return [
+            json.loads(record[_COUNT.size + _COUNT.unpack_from(record)[0] * self._dtype.itemsize :])
+            for record in self._records(start, stop)
+        ]
+
+    def _records(self, start: int, stop: int) -> list[bytes]:
+        if not 0 <= start <= stop <= self.num_documents:
+            raise IndexError(f"documents {start}:{stop} of {self.num_documents} in {self.corpus}/{self.split}")
+        records = []
+        while start < stop:
+            shard = bisect.bisect_right(self._first_documents, start) - 1
+            first, end = self._first_documents[shard : shard + 2]
+            records += self._reader(shard).read(start - first, min(stop, end) - first)
+            start = min(stop, end)
+        return records
+
+    def _reader(self, shard: int) -> ArrayRecordReader:
+        reader = self._readers.get(shard)
+        if reader is None:
+            with self._lock:
+                path = str(self._folder / self._shards[shard]["file"])
+                reader = self._readers.setdefault(shard, ArrayRecordReader(path, _READER_OPTIONS))
+        return reader
+
+
+def _read_manifest(folder: Path) -> dict:
+    try:
+        return json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        partial = any(folder.parent.glob(f".{folder.name}.partial-*"))
+        state = "was interrupted while it was written" if partial else "does not exist or has no manifest.json"
+        raise UserError(f"{folder}: the token cache {state}; run `python -m t5x_domain.prepare` first.") from error
+    except ValueError as error:
+        raise _stale(folder, "has a manifest.json that is no JSON") from error
+
+
+def _stale(folder: Path, reason: str) -> UserError:
+    return UserError(f"{folder}: the token cache {reason}; redo it with `python -m t5x_domain.prepare --overwrite`.")
+
+
+def _describe(vocabulary: Mapping) -> str:
+    return ", ".join(f"{name}={value}" for name, value in vocabulary.items() if name != "fingerprint")
+
+
+def _size_and_digest(path: Path) -> dict:
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"size": path.stat().st_size, "sha256": digest}
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,175 @@
+"""Layouts: how examples (`inputs`, `targets`) become the rows of features that a model reads.
+
+Feature names and values are SeqIO's (`EncDecFeatureConverter`, `PrefixLMFeatureConverter` with pack=True), but padding
+is told from text by position, so a text token with id 0 keeps its segment and its loss.
+"""
+
+import abc
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from t5x_domain.data.vocabulary import Vocabulary
+from t5x_domain.errors import UserError
+from t5x_domain.objectives.base import Objective
+
+
+class Example(NamedTuple):
+    """One example and where it came from."""
+
+    inputs: np.ndarray  # int32 [i]
+    targets: np.ndarray  # int32 [t]
+    corpus_id: int
+
+
+Batch = dict[str, np.ndarray]
+
+
+class Layout(abc.ABC):
+    """Knows how much of a row an example takes, and writes examples into rows.
+
+    A row has room in two sequences, (encoder, decoder); `lengths` is {'inputs': …, 'targets': …} as in SeqIO.
+    """
+
+    @abc.abstractmethod
+    def capacity(self, lengths: Mapping[str, int]) -> tuple[int, int]:
+        """Length of a row's (encoder, decoder) sequence."""
+
+    @abc.abstractmethod
+    def cost(self, objective: Objective, num_raw: int) -> tuple[int, int]:
+        """Room in (encoder, decoder) that the example of `num_raw` raw tokens takes at most."""
+
+    @abc.abstractmethod
+    def raw_length(self, objective: Objective, lengths: Mapping[str, int]) -> int:
+        """Raw tokens whose one example fills a row."""
+
+    @abc.abstractmethod
+    def check(self, objective: Objective, lengths: Mapping[str, int], vocabulary: Vocabulary) -> None:
+        """Raises UserError if the objective cannot be laid out in rows of these lengths."""
+
+    @abc.abstractmethod
+    def batch(self, rows: Sequence[Sequence[Example]], lengths: Mapping[str, int]) -> Batch:
+        """Features [len(rows), length] of rows of examples; segments are numbered from 1 in the order given.
+
+        int32, but `decoder_loss_weights` is float32. A row without examples is all zeros.
+        """
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderDecoder(Layout):
+    """`encoder_*` holds the inputs, `decoder_*` the targets, `decoder_input_tokens` the targets shifted right by one
+    inside each segment with 0 at its start. `corpus_ids` says which corpus each target came from."""
+
+    def capacity(self, lengths: Mapping[str, int]) -> tuple[int, int]:
+        return lengths["inputs"], lengths["targets"]
+
+    def cost(self, objective: Objective, num_raw: int) -> tuple[int, int]:
+        return objective.lengths(num_raw)
+
+    def raw_length(self, objective: Objective, lengths: Mapping[str, int]) -> int:
+        return objective.raw_length(lengths)
+
+    def check(self, objective: Objective, lengths: Mapping[str, int], vocabulary: Vocabulary) -> None:
+        if not objective.lengths(1)[0]:
+            raise UserError(f"{objective.name} leaves an encoder without inputs; use the DecoderOnly layout.")
+        objective.check(lengths, vocabulary)
+
+    def batch(self, rows: Sequence[Sequence[Example]], lengths: Mapping[str, int]) -> Batch:
+        encoder = _Sequences(len(rows), lengths["inputs"])
+        decoder = _Sequences(len(rows), lengths["targets"])
+        corpus_ids = np.zeros_like(decoder.tokens)
+        for row, examples in enumerate(rows):
+            encoder_start = decoder_start = 0
+            for segment, example in enumerate(examples, start=1):
+                encoder_start = encoder.write(row, encoder_start, segment, example.inputs)
+                decoder_stop = decoder.write(row, decoder_start, segment, example.targets)
+                corpus_ids[row, decoder_start:decoder_stop] = example.corpus_id
+                decoder_start = decoder_stop
+        return {
+            "encoder_input_tokens": encoder.tokens,
+            "encoder_segment_ids": encoder.segment_ids,
+            "encoder_positions": encoder.positions,
+            **_decoder_features(decoder),
+            "decoder_loss_weights": (decoder.segment_ids > 0).astype(np.float32),
+            "corpus_ids": corpus_ids,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderOnly(Layout):
+    """Inputs and targets joined, `[inputs EOS][targets EOS]`, in one sequence of inputs + targets tokens.
+
+    The inputs keep their EOS, which tells the model where the targets begin (as in SeqIO's PrefixLMFeatureConverter),
+    and both are joined before they are packed (U-PaLM, section 2.2). The loss is on targets only. `decoder_prefix` is
+    SeqIO's `decoder_causal_attention`: 1 on the keys that every position of the segment may see. Because the decoder's
+    input is shifted right, these are one more than the inputs: the start token and all inputs.
+    """
+
+    def capacity(self, lengths: Mapping[str, int]) -> tuple[int, int]:
+        return 0, lengths["inputs"] + lengths["targets"]
+
+    def cost(self, objective: Objective, num_raw: int) -> tuple[int, int]:
+        return 0, objective.joined_length(num_raw)
+
+    def raw_length(self, objective: Objective, lengths: Mapping[str, int]) -> int:
+        length = self.capacity(lengths)[1]
+        num_raw = 1
+        while objective.joined_length(num_raw + 1) <= length:
+            num_raw += 1
+        return num_raw
+
+    def check(self, objective: Objective, lengths: Mapping[str, int], vocabulary: Vocabulary) -> None:
+        if objective.joined_length(2) > sum(self.capacity(lengths)):
+            raise UserError(f"{objective.name}: sequences of {dict(lengths)} are too short for two tokens of text.")
+        objective.check_sentinels(self.raw_length(objective, lengths), vocabulary)
+
+    def batch(self, rows: Sequence[Sequence[Example]], lengths: Mapping[str, int]) -> Batch:
+        decoder = _Sequences(len(rows), self.capacity(lengths)[1])
+        corpus_ids = np.zeros_like(decoder.tokens)
+        prefix = np.zeros_like(decoder.tokens)
+        loss_weights = np.zeros(decoder.tokens.shape, np.float32)
+        for row, examples in enumerate(rows):
+            start = 0
+            for segment, example in enumerate(examples, start=1):
+                targets_start = start + len(example.inputs)
+                stop = decoder.write(row, start, segment, np.concatenate([example.inputs, example.targets]))
+                corpus_ids[row, start:stop] = example.corpus_id
+                prefix[row, start : targets_start + 1] = 1
+                loss_weights[row, targets_start:stop] = 1
+                start = stop
+        return {
+            **_decoder_features(decoder),
+            "decoder_loss_weights": loss_weights,
+            "decoder_prefix": prefix,
+            "corpus_ids": corpus_ids,
+        }
+
+
+class _Sequences:
+    """Token ids, segment ids (0 is padding) and positions within the segment, int32 [rows, length]."""
+
+    def __init__(self, rows: int, length: int):
+        self.tokens, self.segment_ids, self.positions = np.zeros((3, rows, length), np.int32)
+        self._count = np.arange(length, dtype=np.int32)
+
+    def write(self, row: int, start: int, segment: int, tokens: np.ndarray) -> int:
+        """Puts a segment at `start` and returns where it stops."""
+        stop = start + len(tokens)
+        self.tokens[row, start:stop] = tokens
+        self.segment_ids[row, start:stop] = segment
+        self.positions[row, start:stop] = self._count[: len(tokens)]
+        return stop
+
+
+def _decoder_features(decoder: _Sequences) -> Batch:
+    shifted = np.zeros_like(decoder.tokens)
+    shifted[:, 1:] = decoder.tokens[:, :-1]
+    shifted[decoder.positions == 0] = 0  # The start of a segment, or padding.
+    return {
+        "decoder_input_tokens": shifted,
+        "decoder_target_tokens": decoder.tokens,
+        "decoder_segment_ids": decoder.segment_ids,
+        "decoder_positions": decoder.positions,
+    }

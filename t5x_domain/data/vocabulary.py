@@ -1,0 +1,260 @@
+"""Vocabularies: SentencePiece and bytes, with the id conventions of T5 and SeqIO.
+
+Padding is 0, the end of a sequence 1, the unknown piece 2; `extra_ids` sentinels stand at the top of the vocabulary and
+count downwards, so sentinel k is `vocab_size - 1 - k` (Raffel et al. 2020, 3.1.4; seqio.SentencePieceVocabulary).
+"""
+
+import dataclasses
+import functools
+import hashlib
+import io
+import itertools
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+import gin
+from t5x_domain.errors import UserError
+
+PAD_ID, EOS_ID, UNK_ID = 0, 1, 2
+_NUM_SPECIAL_IDS = 3
+# SentencePiece leaves out training lines longer than this many bytes (its default is 4192), so longer lines are cut.
+_MAX_LINE_BYTES = 4096
+
+
+class _SentinelIds:
+    """What every vocabulary shares; subclasses are frozen dataclasses with `extra_ids` and `vocab_size`."""
+
+    pad_id = PAD_ID
+    eos_id = EOS_ID
+    unk_id = UNK_ID
+
+    @property
+    def num_sentinels(self) -> int:
+        return self.extra_ids
+
+    def sentinel_id(self, k: int | np.ndarray) -> int | np.ndarray:
+        """Id of the k-th sentinel, `vocab_size - 1 - k`; `k` may be an array.
+
+        Raises:
+          UserError: there is no such sentinel; without the check an ordinary piece would silently take its place.
+        """
+        if np.any(np.asarray(k) >= self.extra_ids):
+            raise UserError(
+                f"sentinel {np.max(k)} is needed but the vocabulary has extra_ids={self.extra_ids}: "
+                f"raise {type(self).__name__}.extra_ids."
+            )
+        return self.vocab_size - 1 - k
+
+
+@gin.configurable
+@dataclasses.dataclass(frozen=True)
+class Vocabulary(_SentinelIds):
+    """A SentencePiece model with `extra_ids` sentinels above its pieces; ids equal SeqIO's and Hugging Face's T5.
+
+    Loaded at first use; pickles as its two fields. A literal `<extra_id_k>` in a text is encoded as that sentinel.
+    """
+
+    model_file: str
+    extra_ids: int = 100
+
+    def __getstate__(self) -> dict:
+        return {"model_file": self.model_file, "extra_ids": self.extra_ids}
+
+    @functools.cached_property
+    def _model_bytes(self) -> bytes:
+        try:
+            return Path(self.model_file).read_bytes()
+        except OSError as error:
+            raise UserError(
+                f"{self.model_file}: cannot read the SentencePiece model ({error.strerror}); "
+                "train one with `python -m t5x_domain.prepare` or set Vocabulary.model_file."
+            ) from error
+
+    @functools.cached_property
+    def _processor(self):  # noqa: ANN202
+        import sentencepiece
+        from google.protobuf.message import DecodeError
+        from sentencepiece import sentencepiece_model_pb2
+
+        try:
+            model = sentencepiece_model_pb2.ModelProto.FromString(self._model_bytes)
+        except DecodeError as error:
+            raise UserError(f"{self.model_file}: not a SentencePiece model; set Vocabulary.model_file.") from error
+        for k in reversed(range(self.extra_ids)):
+            model.pieces.add(
+                piece=f"▁<extra_id_{k}>", type=sentencepiece_model_pb2.ModelProto.SentencePiece.USER_DEFINED
+            )
+        processor = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
+        ids = (processor.pad_id(), processor.eos_id(), processor.unk_id())
+        if ids != (PAD_ID, EOS_ID, UNK_ID):
+            raise UserError(
+                f"{self.model_file}: pad, eos and unk have ids {ids} but T5 needs (0, 1, 2); "
+                "train with --pad_id=0 --eos_id=1 --unk_id=2 --bos_id=-1."
+            )
+        return processor
+
+    @functools.cached_property
+    def vocab_size(self) -> int:
+        """Pieces and sentinels; a model may pad its embedding table beyond this."""
+        return self._processor.get_piece_size()
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) over the model's bytes and the number of sentinels."""
+        return hashlib.sha256(self._model_bytes + f"extra_ids={self.extra_ids}".encode()).hexdigest()
+
+    @property
+    def description(self) -> dict:
+        return {
+            "kind": "sentencepiece",
+            "model_file": Path(self.model_file).name,
+            "vocab_size": self.vocab_size,
+            "extra_ids": self.extra_ids,
+        }
+
+    def encode(self, text: str) -> np.ndarray:
+        """Token ids, int32 [n], without EOS."""
+        return np.array(self._processor.encode(text), np.int32)
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """Text of token ids [n]; sentinels are shown as `<extra_id_k>`, padding and EOS are not shown."""
+        return self._processor.decode(np.asarray(ids).tolist())
+
+    def as_seqio(self):  # noqa: ANN201
+        """The same vocabulary as a `seqio.SentencePieceVocabulary`."""
+        import seqio
+
+        return seqio.SentencePieceVocabulary(self.model_file, self.extra_ids)
+
+
+@gin.configurable
+@dataclasses.dataclass(frozen=True)
+class ByteVocabulary(_SentinelIds):
+    """UTF-8 bytes as ids 3..258, sentinels above (ByT5: Xue et al. 2022, section 3.1, with sentinels of their own)."""
+
+    extra_ids: int = 100
+
+    @property
+    def vocab_size(self) -> int:
+        return _NUM_SPECIAL_IDS + 256 + self.extra_ids
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) over the scheme and the number of sentinels."""
+        return hashlib.sha256(f"bytes,extra_ids={self.extra_ids}".encode()).hexdigest()
+
+    @property
+    def description(self) -> dict:
+        return {"kind": "bytes", "vocab_size": self.vocab_size, "extra_ids": self.extra_ids}
+
+    def encode(self, text: str) -> np.ndarray:
+        """Token ids, int32 [n], without EOS. A literal `<extra_id_k>` stays the bytes it is written with."""
+        return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32) + _NUM_SPECIAL_IDS
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """Text of token ids [n]; sentinels are shown as `<extra_id_k>`, special ids and broken UTF-8 are not shown."""
+        shown = bytearray()
+        for token in np.asarray(ids).tolist():
+            if token >= _NUM_SPECIAL_IDS + 256:
+                shown += f"<extra_id_{self.vocab_size - 1 - token}>".encode()
+            elif token >= _NUM_SPECIAL_IDS:
+                shown.append(token - _NUM_SPECIAL_IDS)
+        return shown.decode("utf-8", errors="ignore")
+
+    def as_seqio(self):  # noqa: ANN201
+        """The same ids as a `seqio.ByteVocabulary` (which does not show sentinels when it decodes)."""
+        import seqio
+
+        return seqio.ByteVocabulary(self.extra_ids)
+
+
+def train_sentencepiece(
+    documents: Iterable[str],
+    model_file: str,
+    vocab_size: int,
+    *,
+    normalization: str = "nmt_nfkc",
+    max_lines: int = 2_000_000,
+) -> None:
+    """Trains a unigram model (Kudo 2018) with byte fallback and T5's special ids, and writes it whole or not at all.
+
+    The same documents in the same order give the same bytes: training runs in one thread.
+
+    Args:
+      documents: texts; each line of a text is a training sentence.
+      model_file: where to write the `.model` file.
+      vocab_size: number of pieces, special ids and the 256 byte pieces included, sentinels not included.
+      normalization: SentencePiece rule; "identity" keeps the text as it is, line ends included.
+      max_lines: lines sampled evenly from all documents to learn from; bounds the memory.
+
+    Raises:
+      UserError: no text, or a vocabulary size that the text cannot give (the possible size is named).
+    """
+    import sentencepiece
+
+    failures = []
+    lines = _training_lines(documents, failures)
+    first = next(lines, None)
+    if first is None:
+        raise UserError(f"{model_file}: cannot train a vocabulary, the training documents hold no text.")
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=itertools.chain([first], lines),
+            model_writer=model,
+            model_type="unigram",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            normalization_rule_name=normalization,
+            remove_extra_whitespaces=normalization != "identity",
+            pad_id=PAD_ID,
+            eos_id=EOS_ID,
+            unk_id=UNK_ID,
+            bos_id=-1,
+            input_sentence_size=max_lines,
+            num_threads=1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        if failures:
+            raise failures[0] from None
+        raise UserError(_vocabulary_size_message(vocab_size, str(error))) from error
+    _write_atomically(Path(model_file), model.getvalue())
+
+
+def _training_lines(documents: Iterable[str], failures: list[Exception]) -> Iterator[str]:
+    """Lines of the documents. SentencePiece makes a RuntimeError of an error here, so the original is kept too."""
+    try:
+        for text in documents:
+            for line in text.splitlines():
+                encoded = line.strip().encode("utf-8")
+                for start in range(0, len(encoded), _MAX_LINE_BYTES):
+                    yield encoded[start : start + _MAX_LINE_BYTES].decode("utf-8", errors="ignore")
+    except Exception as error:
+        failures.append(error)
+        raise
+
+
+def _vocabulary_size_message(vocab_size: int, error: str) -> str:
+    if largest := re.search(r"value <= (\d+)", error):
+        return (
+            f"vocabulary_size={vocab_size} is too large for the corpus: at most {largest[1]} pieces are possible; "
+            "lower it or give more text."
+        )
+    if smallest := re.search(r"smaller than required_chars\. \d+ vs (\d+)", error):
+        return f"vocabulary_size={vocab_size} is too small: the corpus needs at least {smallest[1]} pieces."
+    return f"SentencePiece could not train a vocabulary of {vocab_size} pieces: {' '.join(error.split())}"
+
+
+def _write_atomically(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    with open(partial, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
