@@ -1,0 +1,1 @@
+"""Perplexity by corpus and the report a person reads."""

@@ -1,0 +1,180 @@
+"""What a model writes into the blanks of corrupted text: greedy decoding, set side by side with the original.
+
+For the few examples of a report: every new token runs the whole model again, there is no cache of keys and values.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from t5x_domain.data import packing
+from t5x_domain.data.vocabulary import ByteVocabulary, Vocabulary
+from t5x_domain.errors import UserError
+from t5x_domain.models.assemblies import DecoderOnly, EncoderDecoder
+from t5x_domain.parallel.sharding import use_mesh
+from t5x_domain.training.state import Blueprint
+
+_LAYOUTS = {EncoderDecoder: packing.EncoderDecoder(), DecoderOnly: packing.DecoderOnly()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Blank:
+    """One corrupted span.
+
+    Attributes:
+      original: text that stood there, white space included.
+      written: what the model wrote; "" if it skipped this blank.
+      correct: putting it in place gives the original document.
+    """
+
+    original: str
+    written: str
+    correct: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Filled:
+    """A document with blanks: `pieces[0] blanks[0] pieces[1] … blanks[-1] pieces[-1]`."""
+
+    pieces: tuple[str, ...]
+    blanks: tuple[Blank, ...]
+
+
+def fill_spans(
+    model_of: Blueprint,
+    params: Any,
+    examples: Sequence[Mapping[str, np.ndarray]],
+    vocabulary: Vocabulary | ByteVocabulary,
+    *,
+    max_targets: int,
+) -> list[Filled]:
+    """Lets the model fill the blanks of span-corrupted examples (Raffel et al. 2020, section 3.1.4), in one batch.
+
+    Args:
+      model_of: an encoder-decoder or decoder-only model.
+      params: its parameters, placed by `model_of.shardings`.
+      examples: {'inputs': int32 [i], 'targets': int32 [t]} as objectives make them, closed by EOS.
+      vocabulary: the one of the examples.
+      max_targets: tokens that the model may write for one example; it stops earlier at EOS.
+
+    Raises:
+      UserError: the model cannot write, or `max_targets` leaves no room for an example's true targets.
+    """
+    if model_of.model_class not in _LAYOUTS:
+        raise UserError(f"{model_of.model_class.__name__} has no decoder to fill blanks with; use EncoderDecoder.")
+    longest = max((len(example["targets"]) for example in examples), default=0)
+    if longest > max_targets:
+        raise UserError(f"max_targets = {max_targets} is too short for targets of {longest} tokens; set it to {longest}.")
+    if not examples:
+        return []
+    written = _generate(model_of, params, [example["inputs"] for example in examples], vocabulary, max_targets)
+    return [
+        compare(example["inputs"], example["targets"], tokens, vocabulary)
+        for example, tokens in zip(examples, written, strict=True)
+    ]
+
+
+def compare(
+    inputs: np.ndarray, targets: np.ndarray, written: np.ndarray, vocabulary: Vocabulary | ByteVocabulary
+) -> Filled:
+    """Puts true and written targets into the blanks of `inputs`; ids are int32 [n], `written` may lack its EOS.
+
+    A span belongs to the sentinel before it, wherever that stands in `written`. Blanks without a span stay empty;
+    repeated sentinels, sentinels that `inputs` has not, and tokens before the first one are left out.
+    """
+    head, *rest = _split_at_sentinels(inputs[:-1], vocabulary)
+    originals = _spans(targets[:-1], vocabulary)
+    stop = np.flatnonzero(np.append(written, vocabulary.eos_id) == vocabulary.eos_id)[0]
+    guesses = _spans(written[:stop], vocabulary)
+
+    document = list(head[1])
+    blanks_at = []  # (sentinel, first token, token after the last) in the document
+    for sentinel, piece in rest:
+        start = len(document)
+        document += originals[sentinel]
+        blanks_at.append((sentinel, start, len(document)))
+        document += piece
+
+    # Text is cut where the decoded tokens before the cut end: decoded alone, a token would lose the space before it.
+    text, pieces, blanks, end = vocabulary.decode(document), [], [], 0
+    for sentinel, start, stop in blanks_at:
+        guess = guesses.get(sentinel, [])
+        before, after = _decode_prefix(document[:start], vocabulary), _decode_prefix(document[:stop], vocabulary)
+        pieces.append(text[end : len(before)])
+        blanks.append(
+            Blank(
+                original=text[len(before) : len(after)],
+                written=vocabulary.decode(document[:start] + guess)[len(before) :],
+                correct=vocabulary.decode(document[:start] + guess + document[stop:]) == text,
+            )
+        )
+        end = len(after)
+    return Filled((*pieces, text[end:]), tuple(blanks))
+
+
+def _split_at_sentinels(
+    tokens: np.ndarray, vocabulary: Vocabulary | ByteVocabulary
+) -> list[tuple[int | None, list[int]]]:
+    """[(None, tokens before the first sentinel), (sentinel, tokens after it), …]."""
+    first_sentinel = vocabulary.vocab_size - vocabulary.num_sentinels
+    parts: list[tuple[int | None, list[int]]] = [(None, [])]
+    for token in np.asarray(tokens).tolist():
+        if token >= first_sentinel:
+            parts.append((token, []))
+        else:
+            parts[-1][1].append(token)
+    return parts
+
+
+def _spans(tokens: np.ndarray, vocabulary: Vocabulary | ByteVocabulary) -> dict[int | None, list[int]]:
+    # Backwards, so that the first of repeated sentinels stays.
+    return dict(reversed(_split_at_sentinels(tokens, vocabulary)))
+
+
+def _decode_prefix(tokens: Sequence[int], vocabulary: Vocabulary | ByteVocabulary) -> str:
+    """Text of a document's first tokens; bytes that end within a character wait for the rest of it."""
+    return vocabulary.decode(tokens).rstrip("\N{REPLACEMENT CHARACTER}")
+
+
+def _generate(
+    model_of: Blueprint,
+    params: Any,
+    inputs: Sequence[np.ndarray],
+    vocabulary: Vocabulary | ByteVocabulary,
+    max_targets: int,
+) -> np.ndarray:
+    """The likeliest token at each step, int32 [B, max_targets], padding after EOS."""
+    # The layout of training, with room for the targets instead of targets.
+    room = np.zeros(max_targets, np.int32)
+    lengths = {"inputs": max(map(len, inputs)), "targets": max_targets}
+    batch = _LAYOUTS[model_of.model_class].batch([[packing.Example(ids, room, 0)] for ids in inputs], lengths)
+    features = {name: batch[name] for name in model_of.model_class.inputs if name in batch}
+    first = batch["decoder_loss_weights"].argmax(axis=1)
+    rows = np.arange(len(inputs))
+
+    def decode(params: Any, features: dict[str, jax.Array]) -> jax.Array:
+        def more(state: tuple[jax.Array, ...]) -> jax.Array:
+            step, _, _, done = state
+            return (step < max_targets) & ~done.all()
+
+        def write(state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            step, decoder_input, written, done = state
+            model = model_of.merge(params)
+            hidden = model(**{**features, "decoder_input_tokens": decoder_input})[rows, first + step]
+            # An embedding table may have more rows than the vocabulary has ids.
+            logits = model.logits(hidden[:, None])[:, 0, : vocabulary.vocab_size]
+            token = jnp.where(done, vocabulary.pad_id, logits.argmax(axis=-1)).astype(jnp.int32)
+            decoder_input = decoder_input.at[rows, first + step + 1].set(token, mode="drop")
+            return step + 1, decoder_input, written.at[:, step].set(token), done | (token == vocabulary.eos_id)
+
+        start = (0, features["decoder_input_tokens"], jnp.zeros((len(rows), max_targets), jnp.int32), rows < 0)
+        with use_mesh(model_of.mesh):
+            return jax.lax.while_loop(more, write, start)[2]
+
+    whole = NamedSharding(model_of.mesh, PartitionSpec())  # every process reads all of it
+    return np.asarray(jax.jit(decode, in_shardings=(model_of.shardings, None), out_shardings=whole)(params, features))

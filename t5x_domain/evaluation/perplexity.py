@@ -1,0 +1,42 @@
+"""Held-out perplexity and bits per byte, by corpus."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+
+def held_out_scores(
+    eval_step: Callable[[Any, Mapping[str, jax.Array]], dict[str, jax.Array]],
+    params: Any,
+    batches: Iterable[Mapping[str, jax.Array]],
+    *,
+    bytes_per_token: float,
+) -> dict[str, float]:
+    """Scores of the targets that the objective asks for in held-out text.
+
+    Args:
+      eval_step: from `training.step.make_eval_step`.
+      params: nested dict of parameters.
+      batches: features of one corpus, on the mesh.
+      bytes_per_token: UTF-8 bytes of the corpus by its tokens.
+
+    Returns:
+      `loss` (nats per target), `perplexity` (its exponential), `bits_per_byte` (of the text that the targets stand
+      for, at the corpus's average bytes per token), `accuracy` (share of targets with the largest logit), `targets`.
+    """
+    sums = {"nll": 0.0, "correct": 0.0, "weight": 0.0}
+    # Launch everything before reading anything, so that the device never waits for the host.
+    for result in jax.device_get([eval_step(params, batch) for batch in batches]):
+        for name in sums:
+            sums[name] += float(np.float64(result[name]))
+    loss = sums["nll"] / max(sums["weight"], 1.0)
+    return {
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)),
+        "bits_per_byte": loss / math.log(2) / bytes_per_token,
+        "accuracy": sums["correct"] / max(sums["weight"], 1.0),
+        "targets": int(sums["weight"]),
+    }

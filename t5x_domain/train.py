@@ -1,0 +1,31 @@
+"""`python -m t5x_domain.train --gin_file=gin/runs/pretrain.gin --gin.NAME=VALUE …`: trains a model."""
+
+from collections.abc import Sequence
+
+from t5x_domain import cli
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parses flags, then builds the run that gin describes and trains it."""
+    parser = cli.parser("train")
+    parser.add_argument("--run_dir", help="where metrics and checkpoints go; the same as --gin.RUN_DIR")
+    parser.add_argument("--init_from", help="a run or checkpoint to take the first parameters from")
+    flags, bindings = cli.parse(parser, argv)
+    if not flags.gin_file:
+        parser.error("--gin_file is needed, for example --gin_file=gin/runs/pretrain.gin")
+    for name, value in (("RUN_DIR", flags.run_dir), ("Run.init_from", flags.init_from)):
+        if value is not None:
+            bindings.append(f"{name} = {value!r}")
+
+    def body() -> int:
+        from t5x_domain.training.loop import train
+        from t5x_domain.training.run import Run
+
+        cli.load_gin(flags.gin_file, bindings, flags.gin_search_path)
+        return train(cli.build(Run))
+
+    cli.run("train", body)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Optimizer, schedule, state, step, checkpoint, loop."""

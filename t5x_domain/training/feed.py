@@ -1,0 +1,108 @@
+"""What a run reads: the token caches of its mixture, opened, checked, and turned into arrays on the mesh."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from t5x_domain.data import packing
+from t5x_domain.data.cache import CachedSplit, TokenCache
+from t5x_domain.data.loader import Batches, iterate
+from t5x_domain.data.tasks import Component, Mixture
+from t5x_domain.errors import UserError
+from t5x_domain.evaluation.perplexity import held_out_scores
+from t5x_domain.models.assemblies import DecoderOnly, EncoderDecoder
+from t5x_domain.parallel.sharding import sharding
+from t5x_domain.training.run import Run
+
+_LAYOUTS = {EncoderDecoder: packing.EncoderDecoder, DecoderOnly: packing.DecoderOnly}
+
+
+class Feed:
+    """Training and held-out batches of a run."""
+
+    def __init__(self, run: Run, mesh: Mesh) -> None:
+        """Opens the caches.
+
+        Raises:
+          UserError: a cache is missing or was made otherwise, the batch does not divide over the mesh, or the
+            objective does not fit the lengths or the vocabulary.
+        """
+        shares = mesh.shape["data"] * mesh.shape["fsdp"] * run.accumulation_steps
+        if run.batch_size % shares:
+            raise UserError(
+                f"Run.batch_size = {run.batch_size} does not divide into {mesh.shape['data']} (MeshShape.data) x "
+                f"{mesh.shape['fsdp']} (MeshShape.fsdp) x {run.accumulation_steps} (Run.accumulation_steps) parts; "
+                f"make it a multiple of {shares}."
+            )
+        self._run, self._mesh = run, mesh
+        self.corpora = list(dict.fromkeys(component.corpus.name for component in run.mixture.components))
+        self.batches = self._batches(run.mixture, run.train_split)
+        self._held_out = {self._held_out_name(c): self._held_out_batches(c) for c in run.mixture.components}
+
+    def train_batches(self, start: int) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+        """This process's rows of the batches of updates start + 1, start + 2, … `run.total_steps`, numbered so."""
+        run = self._run
+        for index, batch in iterate(self.batches, start, num_workers=run.data_workers, stop_step=run.total_steps):
+            yield index + 1, batch
+
+    def put(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+        """Global arrays on the mesh from this process's rows, features [B, T] each."""
+        result = {}
+        for name, rows in batch.items():
+            shape = (self._run.batch_size, *rows.shape[1:])
+            place = sharding(self._mesh, shape, ("batch", "length"))
+            result[name] = jax.make_array_from_process_local_data(place, rows, shape)
+        return result
+
+    def held_out(self, eval_step: Any, params: Any) -> dict[str, dict[str, float]]:
+        """Scores of each corpus's held-out split, see `evaluation.perplexity`."""
+        scores = {}
+        for corpus, (batches, bytes_per_token) in self._held_out.items():
+            steps = range(min(batches.num_steps, self._run.eval_batches or batches.num_steps))
+            features = (self.put(batches[step]) for step in steps)
+            scores[corpus] = held_out_scores(eval_step, params, features, bytes_per_token=bytes_per_token)
+        return scores
+
+    def position(self, step: int) -> dict[str, int]:
+        """Where the data stands after `step` updates. With the run's seed it is all there is to know."""
+        return {"step": step, "seed": self._run.seed}
+
+    def _split(self, corpus_name: str, version: int, split: str) -> CachedSplit:
+        cache = TokenCache.open(
+            self._run.cache_dir,
+            corpus_name,
+            vocabulary_fingerprint=self._run.vocabulary.fingerprint,
+            version=version,
+        )
+        return cache.split(split)
+
+    def _batches(self, mixture: Mixture, split: str, epochs: int | None = None) -> Batches:
+        run = self._run
+        opened = {c.corpus.name: self._split(c.corpus.name, c.corpus.version, split) for c in mixture.components}
+        return Batches(
+            list(opened.values()),
+            mixture,
+            run.vocabulary,
+            lengths=run.lengths,
+            layout=_LAYOUTS[run.model](),
+            batch_size=run.batch_size,
+            seed=run.seed,
+            packing=run.packing,
+            host=jax.process_index(),
+            num_hosts=jax.process_count(),
+            epochs=epochs,
+        )
+
+    def _held_out_name(self, component: Component) -> str:
+        """The corpus's name; the component's where a corpus is learnt with several objectives."""
+        alone = sum(c.corpus.name == component.corpus.name for c in self._run.mixture.components) == 1
+        return component.corpus.name if alone else component.name
+
+    def _held_out_batches(self, component: Component) -> tuple[Batches, float]:
+        """One pass over a held-out split with one objective, and the split's UTF-8 bytes per token."""
+        batches = self._batches(Mixture(name=component.name, components=[component]), self._run.eval_split, epochs=1)
+        split = self._split(component.corpus.name, component.corpus.version, self._run.eval_split)
+        return batches, split.num_bytes / split.num_tokens

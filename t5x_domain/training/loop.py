@@ -1,0 +1,208 @@
+"""The main job: from a prepared token cache to a trained model, resumable to the bit."""
+
+import contextlib
+import functools
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+import gin
+from t5x_domain.errors import UserError
+from t5x_domain.training.checkpoint import Checkpoints, restore_params
+from t5x_domain.training.feed import Feed
+from t5x_domain.training.metrics import MetricsWriter, Progress, read_json_lines
+from t5x_domain.training.optimizer import path_name
+from t5x_domain.training.run import Run
+from t5x_domain.training.state import Blueprint, TrainState
+from t5x_domain.training.step import make_eval_step, make_train_step
+
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: start the same command again
+
+
+def train(run: Run) -> int:
+    """Trains, or goes on training, until `run.total_steps`.
+
+    Returns:
+      0, or EXIT_PREEMPTED after a SIGTERM: everything is saved and the same command goes on from there.
+
+    Raises:
+      UserError: the configuration, the cache or the run directory is not fit for use; a checkpoint could not be
+        written; or too many updates in a row were not finite.
+    """
+    mesh = run.mesh.build()
+    feed = Feed(run, mesh)
+    blueprint = Blueprint(run.model, run.config, mesh)
+    transform = run.updates.build(blueprint.axes)
+    loss = functools.partial(run.loss, num_corpora=len(feed.corpora))
+    train_step = make_train_step(blueprint, loss, transform, seed=run.seed, accumulation_steps=run.accumulation_steps)
+    eval_step = make_eval_step(blueprint, loss)
+
+    run_dir = run.claim_directory()
+    (run_dir / "config.gin").write_text(gin.operative_config_str(), encoding="utf-8")
+    with contextlib.ExitStack() as closing:
+        checkpoints = closing.enter_context(contextlib.closing(Checkpoints(run_dir / "checkpoints", run.retention)))
+        state, start = starting_state(run, blueprint, transform, checkpoints)
+        writer = closing.enter_context(contextlib.closing(MetricsWriter(run_dir, start)))
+        progress = closing.enter_context(contextlib.closing(Progress(start, run.total_steps)))
+        preemption = closing.enter_context(contextlib.closing(PreemptionNotice()))
+        guard, meter = Guard(run, feed), Meter(run, feed)
+        progress.say(f"{blueprint.num_parameters:,} parameters, mesh {dict(mesh.shape)}, from step {start:,}")
+
+        def evaluate(step: int) -> dict[str, float]:
+            scores = feed.held_out(eval_step, state.params)
+            writer.evaluated(step, scores)
+            shown = "  ".join(f"{corpus} {score['perplexity']:.2f}" for corpus, score in scores.items())
+            progress.say(f"step {step:,}/{run.total_steps:,}  held-out perplexity  {shown}")
+            meter.restart()
+            return {"loss": float(np.mean([score["loss"] for score in scores.values()]))}
+
+        if start == 0:
+            evaluate(0)
+        meter.restart()
+        for step, batch in feed.train_batches(start):
+            state, metrics = train_step(state, feed.put(batch))
+            last, stop = step == run.total_steps, preemption.given
+            guard.watch(step, metrics)
+            meter.count(batch)
+            progress.step()
+            if last or step % run.log_every == 0:
+                line = meter.read(step, metrics)
+                writer.log(step, line)
+                progress.logged(step, line, meter.seconds_per_step)
+            held_out = evaluate(step) if last or step % run.eval_every == 0 else None
+            if last or stop or step % run.checkpoint_every == 0:
+                guard.settle()
+                checkpoints.save(state, step, feed.position(step), held_out)
+            if stop and not last:
+                progress.say(f"told to stop; saving step {step:,}: the same command goes on from there")
+                return EXIT_PREEMPTED
+    summarise(run_dir)
+    return 0
+
+
+def starting_state(
+    run: Run, blueprint: Blueprint, transform: optax.GradientTransformation, checkpoints: Checkpoints
+) -> tuple[TrainState, int]:
+    """The run's newest checkpoint; else the parameters of `run.init_from`; else fresh ones. And the step."""
+    latest = checkpoints.latest_step
+    if latest is not None:
+        state, _ = checkpoints.restore(blueprint.abstract_state(transform), latest)
+        return state, latest
+    params = blueprint.init(run.seed)
+    if run.init_from is not None:
+        found, left = restore_params(run.init_from, blueprint.abstract_params)
+        params = jax.tree_util.tree_map_with_path(lambda path, fresh: found.get(path_name(path), fresh), params)
+        if left:
+            print(f"not in {run.init_from}, freshly initialised: {', '.join(left)}")
+    return blueprint.init_state(params, transform), 0
+
+
+class PreemptionNotice:
+    """Whether the process was told to stop (SIGTERM), so that it can save first."""
+
+    def __init__(self) -> None:
+        """Listens from now on; signals can only be caught in the main thread."""
+        self.given = False
+        self._before = None
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGTERM, self._receive)
+
+    def _receive(self, *_: Any) -> None:
+        self.given = True
+
+    def close(self) -> None:
+        """Stops listening."""
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+
+
+class Guard:
+    """Ends a run whose updates are not finite any more, and keeps the batch for inspection."""
+
+    def __init__(self, run: Run, feed: Feed) -> None:
+        """`run.max_skipped_in_a_row` such updates end the run."""
+        self._run, self._feed = run, feed
+        self._pending: tuple[int, Mapping[str, jax.Array]] | None = None
+
+    def watch(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
+        """Looks at the update before this one, so that the device always has one to work on."""
+        self.settle()
+        self._pending = (step, metrics)
+
+    def settle(self) -> None:
+        """Looks at the last update.
+
+        Raises:
+          UserError: it was one too many that was not finite.
+        """
+        if self._pending is None:
+            return
+        step, metrics = self._pending
+        skipped = int(metrics["skipped_in_a_row"])
+        if skipped >= self._run.max_skipped_in_a_row:
+            path = Path(self._run.run_dir) / f"nonfinite_batch_{step}.npz"
+            np.savez(path, **self._feed.batches[step - 1])
+            raise UserError(
+                f"the last {skipped} updates up to step {step} were not finite and were skipped; the batch of the last "
+                f"is in {path}. Lower the learning rate or set Updates.clip_global_norm, and go on from the last checkpoint."
+            )
+
+
+class Meter:
+    """Tokens per second, and the numbers of a logged step."""
+
+    def __init__(self, run: Run, feed: Feed) -> None:
+        """Counts from `restart`."""
+        self._run, self._corpora = run, feed.corpora
+        self.seconds_per_step = 0.0
+        self.restart()
+
+    def restart(self) -> None:
+        """Starts the clock anew, after something that is no training."""
+        self._clock, self._tokens, self._steps = time.perf_counter(), 0, 0
+
+    def count(self, batch: Mapping[str, np.ndarray]) -> None:
+        """Adds a batch's tokens, padding left out."""
+        self._tokens += sum(np.count_nonzero(ids) for name, ids in batch.items() if name.endswith("segment_ids"))
+        self._steps += 1
+
+    def read(self, step: int, metrics: Mapping[str, jax.Array]) -> dict[str, Any]:
+        """The line of metrics.jsonl for this step; waits until the device has done it."""
+        values = jax.device_get(metrics)
+        seconds = time.perf_counter() - self._clock
+        self.seconds_per_step = seconds / max(self._steps, 1)
+        rate = self._tokens * jax.process_count() / seconds
+        self.restart()
+        weight = max(float(values["weight"]), 1.0)
+        by_corpus = zip(self._corpora, values["corpus_nll"], values["corpus_weight"], strict=True)
+        return {
+            "loss": float(values["loss"]),
+            "accuracy": float(values["correct"]) / weight,
+            "learning_rate": float(self._run.updates.schedule(step - 1)),
+            "grad_norm": float(values["grad_norm"]),
+            "tokens_per_second": rate,
+            "skipped": int(values["skipped"]),
+            "corpus_loss": {corpus: float(nll / count) if count else None for corpus, nll, count in by_corpus},
+        }
+
+
+def summarise(run_dir: Path) -> None:
+    """Writes eval.json: the held-out scores of each corpus before and after."""
+    evaluations = read_json_lines(run_dir / "evaluations.jsonl")
+    before, after = evaluations[0], evaluations[-1]
+    summary = {
+        "before": {"step": before["step"], **before["corpora"]},
+        "after": {"step": after["step"], **after["corpora"]},
+    }
+    partial = run_dir / "eval.partial"
+    partial.write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    os.replace(partial, run_dir / "eval.json")

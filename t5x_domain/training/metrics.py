@@ -1,0 +1,124 @@
+"""What a person and a later program see of a run: metrics.jsonl, TensorBoard events, a progress bar."""
+
+import json
+import math
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import tensorboardX
+from tqdm import tqdm
+
+
+class JsonLines:
+    """A file of JSON objects, one a line, each with a `step`; whole lines only, whatever interrupts the writer."""
+
+    def __init__(self, path: Path, keep_until: int) -> None:
+        """Opens `path` to append, after dropping lines of steps beyond `keep_until` and a torn last line.
+
+        A run that goes on from a checkpoint repeats the steps since then, so what was written of them goes.
+        """
+        kept = [line for line in read_json_lines(path) if line["step"] <= keep_until]
+        temporary = path.with_suffix(".partial")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        os.replace(temporary, path)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Appends one object and flushes it."""
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a file that may end in the middle of one; [] if there is no file."""
+    if not path.exists():
+        return []
+    whole = path.read_bytes().rpartition(b"\n")[0]
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+class MetricsWriter:
+    """Writes each logged step to metrics.jsonl, each evaluation to evaluations.jsonl, and both to TensorBoard."""
+
+    def __init__(self, run_dir: Path, start_step: int) -> None:
+        """Continues the files of a run that goes on from `start_step`."""
+        self._metrics = JsonLines(run_dir / "metrics.jsonl", start_step)
+        # The evaluation at the step of the checkpoint was written before it was saved, hence stays.
+        self._evaluations = JsonLines(run_dir / "evaluations.jsonl", start_step)
+        # purge_step hides what TensorBoard has of the steps that are about to be repeated.
+        self._events = tensorboardX.SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
+
+    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """One training step: numbers, or one level of {corpus: number}."""
+        self._metrics.write({"step": step, **metrics})
+        self._to_tensorboard("train", step, metrics)
+
+    def evaluated(self, step: int, scores: Mapping[str, Mapping[str, float]]) -> None:
+        """Held-out scores of each corpus."""
+        self._evaluations.write({"step": step, "corpora": scores})
+        for corpus, values in scores.items():
+            self._to_tensorboard(f"held_out/{corpus}", step, values)
+        self._events.flush()
+
+    def _to_tensorboard(self, prefix: str, step: int, values: Mapping[str, Any]) -> None:
+        for name, value in values.items():
+            if isinstance(value, Mapping):
+                self._to_tensorboard(f"{prefix}/{name}", step, value)
+            elif value is not None:
+                self._events.add_scalar(f"{prefix}/{name}", value, step)
+
+    def close(self) -> None:
+        """Closes all files."""
+        self._metrics.close()
+        self._evaluations.close()
+        self._events.close()
+
+
+class Progress:
+    """A bar with loss, tokens/s and time left on a terminal; a plain line for each logged step elsewhere."""
+
+    def __init__(self, start: int, total: int) -> None:
+        """Steps run from `start` to `total`."""
+        self._total, self._start = total, start
+        self._bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True) if sys.stdout.isatty() else None
+
+    def step(self) -> None:
+        """One more step is under way."""
+        if self._bar is not None:
+            self._bar.update()
+
+    def logged(self, step: int, metrics: Mapping[str, Any], seconds_per_step: float) -> None:
+        """Shows a logged step."""
+        shown = f"loss {metrics['loss']:.3f}  {metrics['tokens_per_second']:,.0f} tokens/s"
+        if self._bar is not None:
+            self._bar.set_postfix_str(shown, refresh=False)
+        else:
+            print(
+                f"step {step:,}/{self._total:,}  {shown}  {_clock((self._total - step) * seconds_per_step)} left",
+                flush=True,
+            )
+
+    def say(self, text: str) -> None:
+        """A line that does not disturb the bar."""
+        if self._bar is None:
+            print(text, flush=True)
+        else:
+            self._bar.write(text)
+
+    def close(self) -> None:
+        """Ends the bar."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(math.ceil(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,0 +1,165 @@
+"""Optimizers from optax, applied to parameters whose layers are stacked for scanning.
+
+Whatever depends on a whole tensor (Adafactor's factors, its clipping, its parameter scale; Muon's orthogonalisation)
+is computed for each layer by itself, so a scanned and an unrolled model learn the same.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import optax
+
+import gin
+from t5x_domain.errors import UserError
+
+Tree = Any
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """The name of a parameter: 'encoder/layers/blocks/0/mlp/inner/wo/kernel'."""
+    return "/".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path)
+
+
+def path_mask(tree: Tree, patterns: Sequence[str]) -> Tree:
+    """True for every leaf whose name one of the regular expressions finds."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: any(re.search(pattern, path_name(path)) for pattern in patterns), tree
+    )
+
+
+@gin.configurable
+@dataclasses.dataclass(frozen=True)
+class Adafactor:
+    """Adafactor (Shazeer & Stern 2018) with T5's settings (Raffel et al. 2020, section 3.1.2).
+
+    Attributes:
+      decay_rate: the second moment forgets as 1 - step^-decay_rate.
+      clipping_threshold: largest root mean square of a tensor's update.
+      multiply_by_parameter_scale: steps are relative to the size of the tensor.
+      momentum: None for none.
+      min_dim_size_to_factor: smaller matrices keep their whole second moment.
+    """
+
+    decay_rate: float = 0.8
+    clipping_threshold: float = 1.0
+    multiply_by_parameter_scale: bool = True
+    momentum: float | None = None
+    min_dim_size_to_factor: int = 128
+
+    def direction(self, axes: Tree) -> optax.GradientTransformation:
+        """Unit-learning-rate ascent direction. `axes` holds each parameter's axis names."""
+        transform = optax.chain(optax.adafactor(learning_rate=None, **dataclasses.asdict(self)), optax.scale(-1.0))
+        return _each_layer(transform, axes)
+
+
+@gin.configurable
+@dataclasses.dataclass(frozen=True)
+class AdamW:
+    """Adam with bias correction (Kingma & Ba 2015); decoupled weight decay is `Updates.weight_decay`."""
+
+    b1: float = 0.9
+    b2: float = 0.999
+    epsilon: float = 1e-8
+
+    def direction(self, axes: Tree) -> optax.GradientTransformation:
+        """Unit-learning-rate ascent direction."""
+        return optax.scale_by_adam(self.b1, self.b2, self.epsilon)
+
+
+@gin.configurable
+@dataclasses.dataclass(frozen=True)
+class Muon:
+    """Muon (Jordan et al. 2024) for the matrices inside layers, Adam for everything else.
+
+    Updates are scaled to Adam's size (Liu et al. 2025, "Muon is scalable", section 2.2), so both share a schedule.
+    """
+
+    momentum: float = 0.95
+    newton_schulz_steps: int = 5
+    update_rms: float = 0.2
+    adam_b1: float = 0.9
+    adam_b2: float = 0.999
+
+    def direction(self, axes: Tree) -> optax.GradientTransformation:
+        """Unit-learning-rate ascent direction."""
+
+        def dimensions(names: tuple[str, ...]) -> optax.contrib.MuonDimensionNumbers | None:
+            is_matrix = len(names) - (names[0] == "layers") == 2
+            if not is_matrix or "vocab" in names or "relative_bias_buckets" in names:
+                return None
+            # Any axis that is neither of the two counts as a batch of matrices: the stacked layers.
+            return optax.contrib.MuonDimensionNumbers(reduction_axis=len(names) - 2, output_axis=len(names) - 1)
+
+        return optax.contrib.muon(
+            learning_rate=-1.0,  # optax descends; a direction ascends
+            beta=self.momentum,
+            ns_steps=self.newton_schulz_steps,
+            consistent_rms=self.update_rms,
+            adam_b1=self.adam_b1,
+            adam_b2=self.adam_b2,
+            muon_weight_dimension_numbers=jax.tree.map(dimensions, axes, is_leaf=_is_axes),
+        )
+
+
+@gin.configurable
+@dataclasses.dataclass(frozen=True)
+class Updates:
+    """How gradients become updates: clip, optimizer, weight decay, schedule, freezing.
+
+    Attributes:
+      optimizer: Adafactor, AdamW or Muon.
+      schedule: step -> learning rate, see training/schedule.py.
+      clip_global_norm: gradients are scaled down to this norm; None for never.
+      weight_decay: decoupled, multiplied by the learning rate (Loshchilov & Hutter 2019).
+      no_weight_decay: regular expressions of parameter names that do not decay.
+      freeze: regular expressions of parameter names that do not learn.
+    """
+
+    optimizer: Any
+    schedule: Callable[[jax.Array], jax.Array]
+    clip_global_norm: float | None = None
+    weight_decay: float = 0.0
+    no_weight_decay: Sequence[str] = ("scale$", "relative_bias")
+    freeze: Sequence[str] = ()
+
+    def build(self, axes: Tree) -> optax.GradientTransformation:
+        """The optax transformation for parameters with these axis names.
+
+        Raises:
+          UserError: a pattern of `freeze` matches no parameter.
+        """
+        params = jax.tree.map(lambda names: 0, axes, is_leaf=_is_axes)  # one leaf for each parameter
+        steps = [] if self.clip_global_norm is None else [optax.clip_by_global_norm(self.clip_global_norm)]
+        steps.append(self.optimizer.direction(axes))
+        if self.weight_decay:
+            decays = jax.tree.map(lambda exempt: not exempt, path_mask(params, self.no_weight_decay))
+            steps.append(optax.add_decayed_weights(self.weight_decay, decays))
+        steps.append(optax.scale_by_learning_rate(self.schedule))
+        transform = optax.chain(*steps)
+        if not self.freeze:
+            return transform
+        for pattern in self.freeze:
+            if not any(jax.tree.leaves(path_mask(params, [pattern]))):
+                names = [path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
+                raise UserError(f"Updates.freeze: {pattern!r} matches no parameter; there are {', '.join(names)}.")
+        labels = jax.tree.map(lambda m: "frozen" if m else "learning", path_mask(params, self.freeze))
+        return optax.partition({"frozen": optax.set_to_zero(), "learning": transform}, labels)
+
+
+def _is_axes(names: Any) -> bool:
+    return isinstance(names, tuple) and all(isinstance(name, str) for name in names)
+
+
+def _each_layer(transform: optax.GradientTransformation, axes: Tree) -> optax.GradientTransformation:
+    """Applies `transform` to every layer of stacked parameters by itself."""
+    labels = jax.tree.map(lambda names: "stacked" if names[0] == "layers" else "single", axes, is_leaf=_is_axes)
+    if "stacked" not in jax.tree.leaves(labels):
+        return transform
+    over_layers = optax.GradientTransformation(
+        init=jax.vmap(transform.init),
+        update=jax.vmap(transform.update, in_axes=(0, 0, 0)),
+    )
+    return optax.partition({"stacked": over_layers, "single": transform}, labels)

@@ -1,0 +1,131 @@
+"""Everything that defines a run, as one gin-configured value, and the check that a directory belongs to it."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import gin
+from t5x_domain.data.tasks import Mixture
+from t5x_domain.errors import UserError
+from t5x_domain.models.assemblies import LanguageModel
+from t5x_domain.models.config import ModelConfig
+from t5x_domain.objectives.losses import language_model_loss
+from t5x_domain.parallel.mesh import MeshShape
+from t5x_domain.training.checkpoint import Retention
+from t5x_domain.training.optimizer import Updates
+
+
+@gin.configurable
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One training run.
+
+    Attributes:
+      run_dir: where metrics and checkpoints go; a run found there goes on.
+      model: an assembly, e.g. `EncoderDecoder`.
+      config: its shape.
+      mixture: corpora, objectives and rates.
+      vocabulary: the one the token cache was made with.
+      cache_dir: where `prepare` put the token cache.
+      lengths: tokens in a row, {"inputs": 512, "targets": 114}.
+      updates: optimizer, schedule, clipping, freezing.
+      total_steps: updates in all.
+      batch_size: rows in an update, over all devices.
+      accumulation_steps: parts a batch is computed in.
+      mesh: devices along each axis.
+      loss: the device half of the objective.
+      packing: "concat_and_split" or "first_fit", see data/loader.py.
+      seed: of parameters, data order and dropout.
+      init_from: a run whose parameters this one starts with, if its own directory holds no checkpoint.
+      train_split, eval_split: splits of the cache.
+      log_every, eval_every, checkpoint_every: steps between; the last step is evaluated and saved in any case.
+      eval_batches: held-out batches of each corpus; None for all.
+      retention: which checkpoints stay.
+      max_skipped_in_a_row: non-finite updates in a row that end the run.
+      data_workers: processes that make batches; 0 for threads.
+    """
+
+    run_dir: str
+    model: type[LanguageModel]
+    config: ModelConfig
+    mixture: Mixture
+    vocabulary: Any
+    cache_dir: str
+    lengths: Mapping[str, int]
+    updates: Updates
+    total_steps: int
+    batch_size: int
+    accumulation_steps: int = 1
+    mesh: MeshShape = MeshShape()
+    loss: Callable[..., Any] = language_model_loss
+    packing: str = "concat_and_split"
+    seed: int = 0
+    init_from: str | None = None
+    train_split: str = "train"
+    eval_split: str = "validation"
+    log_every: int = 10
+    eval_every: int = 1000
+    eval_batches: int | None = 16
+    checkpoint_every: int = 1000
+    retention: Retention = Retention()
+    max_skipped_in_a_row: int = 10
+    data_workers: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises UserError for values that no run can have."""
+        for key in ("total_steps", "batch_size", "accumulation_steps", "log_every", "eval_every", "checkpoint_every"):
+            if getattr(self, key) < 1:
+                raise UserError(f"Run.{key} = {getattr(self, key)}: it must be at least 1.")
+        if self.config.vocab_size < self.vocabulary.vocab_size:
+            raise UserError(
+                f"ModelConfig.vocab_size = {self.config.vocab_size} is smaller than the vocabulary's "
+                f"{self.vocabulary.vocab_size} ids; set --gin.ModelConfig.vocab_size={self.vocabulary.vocab_size} or more."
+            )
+
+    def identity(self) -> dict[str, Any]:
+        """What must not change between two starts of the same run, as plain JSON."""
+        described = {
+            "model": self.model.__name__,
+            **{f"ModelConfig.{key}": value for key, value in dataclasses.asdict(self.config).items()},
+            "mixture": [[c.corpus.name, c.corpus.version, repr(c.objective), c.rate] for c in self.mixture.components],
+            "vocabulary fingerprint": self.vocabulary.fingerprint,
+            "Run.lengths": dict(self.lengths),
+            "Run.packing": self.packing,
+            "Run.batch_size": self.batch_size,
+            "Run.seed": self.seed,
+            "Updates.optimizer": repr(self.updates.optimizer),
+            "Updates.freeze": list(self.updates.freeze),
+        }
+        return json.loads(json.dumps(described))
+
+    def claim_directory(self) -> Path:
+        """Creates the run directory, or checks that it is this run's.
+
+        Raises:
+          UserError: it belongs to a run of another configuration, or cannot be written.
+        """
+        folder, identity = Path(self.run_dir), self.identity()
+        record = folder / "run.json"
+        if record.exists():
+            before = json.loads(record.read_text(encoding="utf-8"))
+            changed = [key for key in {**before, **identity} if before.get(key) != identity.get(key)]
+            if changed:
+                differences = "; ".join(f"{key} was {before.get(key)!r}, is {identity.get(key)!r}" for key in changed)
+                raise UserError(
+                    f"{folder} belongs to a run of another configuration: {differences}. "
+                    "Set another --gin.RUN_DIR, or give it the configuration it was started with."
+                )
+            return folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            partial = record.with_suffix(".partial")
+            partial.write_text(json.dumps(identity, indent=1), encoding="utf-8")
+            os.replace(partial, record)
+        except OSError as error:
+            raise UserError(
+                f"Run.run_dir = {self.run_dir}: {error.strerror}; set --gin.RUN_DIR to a folder you may write."
+            ) from error
+        return folder
