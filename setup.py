@@ -44,7 +44,15 @@ setup(
         "tpu": ["jax[tpu]>=0.11.2,<0.13"],
         "cuda": ["jax[cuda13]>=0.11.2,<0.13"],
         "beam": ["apache-beam>=2.70"],
-        "dev": ["apache-beam>=2.70", "hypothesis>=6.100", "pytest>=8", "pytest-xdist>=3.5", "pytest-timeout>=2.3", "ruff>=0.15", "tensorboard>=2.19"],
+        "dev": [
+            "apache-beam>=2.70",
+            "hypothesis>=6.100",
+            "pytest>=8",
+            "pytest-xdist>=3.5",
+            "pytest-timeout>=2.3",
+            "ruff>=0.15",
+            "tensorboard>=2.19",
+        ],
     },
     entry_points={"console_scripts": ["t5x-domain=t5x_domain.cli:main"]},
 )

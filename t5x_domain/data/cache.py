@@ -32,7 +32,7 @@ from t5x_domain.errors import UserError
 
 FORMAT_VERSION = 1
 _COUNT = struct.Struct("<I")
-# Documents compressed together: a range of ten is read in 16 µs from groups of 32, in 23 µs from groups of 64, and the
+# Documents compressed together. Ten are read in 16 µs from groups of 32, in 23 µs from groups of 64 (7 % smaller).
 _WRITER_OPTIONS = "group_size:32"
 # Reads are short ranges; reading ahead would decode documents that nobody asked for.
 _READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"

@@ -44,7 +44,8 @@ class FirstFit(Sampler):
         epochs: int | None = None,
     ):
         self._lines = lines
-        self._budgets = [round(rate / sum(rates) * fill * rows_per_window * _UNITS_PER_ROW) for rate in rates]
+        window = fill * rows_per_window * _UNITS_PER_ROW
+        self._budgets = [max(1, round(rate / sum(rates) * window)) for rate in rates]
         self._num_blocks = [
             max(1, round(line.cost / budget)) for line, budget in zip(lines, self._budgets, strict=True)
         ]

@@ -10,11 +10,11 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+import gin
 import grain
 import numpy as np
 from absl import flags
 
-import gin
 from t5x_domain.data.cache import CachedSplit
 from t5x_domain.data.first_fit import FirstFit, Line
 from t5x_domain.data.packing import Batch, Example, Layout
@@ -117,8 +117,7 @@ class Batches:
         num_hosts: int = 1,
         epochs: int | None = None,
     ):
-        if batch_size < 1 or batch_size % num_hosts:
-            raise UserError(f"batch_size={batch_size} must be a positive multiple of the {num_hosts} hosts.")
+        _check_rows(batch_size, num_hosts, rows_per_window, fill, seed)
         if epochs is not None and len(mixture.components) > 1:
             raise UserError(f"mixture {mixture.name}: epochs={epochs} needs a mixture of one component; set no epochs.")
         if packing not in ("concat_and_split", "first_fit"):
@@ -249,6 +248,17 @@ class Batches:
         parts = [line.read(start, stop) for start, stop in self._parts(whole)]
         tokens = parts[0] if len(parts) == 1 else np.concatenate(parts)
         return {piece: tokens[piece.start - whole.start : piece.stop - whole.start] for piece in run}
+
+
+def _check_rows(batch_size: int, num_hosts: int, rows_per_window: int, fill: float, seed: int) -> None:
+    if batch_size < 1 or batch_size % num_hosts:
+        raise UserError(f"batch_size={batch_size} must be a positive multiple of the {num_hosts} hosts.")
+    if rows_per_window < 1:
+        raise UserError(f"Batches.rows_per_window={rows_per_window} must be at least 1.")
+    if not 0 < fill <= 1:
+        raise UserError(f"Batches.fill={fill} must be above 0 and at most 1.")
+    if seed < 0:
+        raise UserError(f"seed={seed} must not be negative.")
 
 
 def _numbered(batches: Batches, step: int) -> tuple[int, Batch]:

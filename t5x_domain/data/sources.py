@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import gin
+
 from t5x_domain.cli import gin_search_paths
 from t5x_domain.data.lines import read_lines
 from t5x_domain.errors import UserError

@@ -14,9 +14,9 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+import gin
 import numpy as np
 
-import gin
 from t5x_domain.errors import UserError
 
 PAD_ID, EOS_ID, UNK_ID = 0, 1, 2

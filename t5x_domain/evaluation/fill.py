@@ -15,11 +15,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from t5x_domain.data import packing
 from t5x_domain.data.vocabulary import ByteVocabulary, Vocabulary
 from t5x_domain.errors import UserError
-from t5x_domain.models.assemblies import DecoderOnly, EncoderDecoder
 from t5x_domain.parallel.sharding import use_mesh
+from t5x_domain.training.feed import LAYOUTS
 from t5x_domain.training.state import Blueprint
-
-_LAYOUTS = {EncoderDecoder: packing.EncoderDecoder(), DecoderOnly: packing.DecoderOnly()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,11 +63,13 @@ def fill_spans(
     Raises:
       UserError: the model cannot write, or `max_targets` leaves no room for an example's true targets.
     """
-    if model_of.model_class not in _LAYOUTS:
+    if model_of.model_class not in LAYOUTS:
         raise UserError(f"{model_of.model_class.__name__} has no decoder to fill blanks with; use EncoderDecoder.")
     longest = max((len(example["targets"]) for example in examples), default=0)
     if longest > max_targets:
-        raise UserError(f"max_targets = {max_targets} is too short for targets of {longest} tokens; set it to {longest}.")
+        raise UserError(
+            f"max_targets = {max_targets} is too short for targets of {longest} tokens; set it to {longest}."
+        )
     if not examples:
         return []
     written = _generate(model_of, params, [example["inputs"] for example in examples], vocabulary, max_targets)
@@ -89,15 +89,18 @@ def compare(
     """
     head, *rest = _split_at_sentinels(inputs[:-1], vocabulary)
     originals = _spans(targets[:-1], vocabulary)
-    stop = np.flatnonzero(np.append(written, vocabulary.eos_id) == vocabulary.eos_id)[0]
-    guesses = _spans(written[:stop], vocabulary)
+    num_written = np.flatnonzero(np.append(written, vocabulary.eos_id) == vocabulary.eos_id)[0]
+    guesses = _spans(written[:num_written], vocabulary)
 
     document = list(head[1])
     blanks_at = []  # (sentinel, first token, token after the last) in the document
     for sentinel, piece in rest:
-        start = len(document)
-        document += originals[sentinel]
-        blanks_at.append((sentinel, start, len(document)))
+        if sentinel in originals:
+            start = len(document)
+            document += originals.pop(sentinel)
+            blanks_at.append((sentinel, start, len(document)))
+        else:  # a document that contains the name of a sentinel
+            document.append(sentinel)
         document += piece
 
     # Text is cut where the decoded tokens before the cut end: decoded alone, a token would lose the space before it.
@@ -109,7 +112,7 @@ def compare(
         blanks.append(
             Blank(
                 original=text[len(before) : len(after)],
-                written=vocabulary.decode(document[:start] + guess)[len(before) :],
+                written=_decode_prefix(document[:start] + guess, vocabulary)[len(before) :],
                 correct=vocabulary.decode(document[:start] + guess + document[stop:]) == text,
             )
         )
@@ -152,7 +155,7 @@ def _generate(
     # The layout of training, with room for the targets instead of targets.
     room = np.zeros(max_targets, np.int32)
     lengths = {"inputs": max(map(len, inputs)), "targets": max_targets}
-    batch = _LAYOUTS[model_of.model_class].batch([[packing.Example(ids, room, 0)] for ids in inputs], lengths)
+    batch = LAYOUTS[model_of.model_class].batch([[packing.Example(ids, room, 0)] for ids in inputs], lengths)
     features = {name: batch[name] for name in model_of.model_class.inputs if name in batch}
     first = batch["decoder_loss_weights"].argmax(axis=1)
     rows = np.arange(len(inputs))

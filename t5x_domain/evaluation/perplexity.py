@@ -7,6 +7,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from t5x_domain.errors import UserError
+
 
 def held_out_scores(
     eval_step: Callable[[Any, Mapping[str, jax.Array]], dict[str, jax.Array]],
@@ -26,17 +28,22 @@ def held_out_scores(
     Returns:
       `loss` (nats per target), `perplexity` (its exponential), `bits_per_byte` (of the text that the targets stand
       for, at the corpus's average bytes per token), `accuracy` (share of targets with the largest logit), `targets`.
+
+    Raises:
+      UserError: there is no target.
     """
     sums = {"nll": 0.0, "correct": 0.0, "weight": 0.0}
     # Launch everything before reading anything, so that the device never waits for the host.
     for result in jax.device_get([eval_step(params, batch) for batch in batches]):
         for name in sums:
             sums[name] += float(np.float64(result[name]))
-    loss = sums["nll"] / max(sums["weight"], 1.0)
+    if sums["weight"] == 0:
+        raise UserError("the held-out batches have no target to score; set Run.eval_split to a split with documents.")
+    loss = sums["nll"] / sums["weight"]
     return {
         "loss": loss,
         "perplexity": math.exp(min(loss, 700.0)),
         "bits_per_byte": loss / math.log(2) / bytes_per_token,
-        "accuracy": sums["correct"] / max(sums["weight"], 1.0),
+        "accuracy": sums["correct"] / sums["weight"],
         "targets": int(sums["weight"]),
     }

@@ -4,11 +4,11 @@ Each maps features of a batch to the hidden states of the positions that are to 
 loss turns these into scores. Feature names are SeqIO's.
 """
 
+import gin
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-import gin
 from t5x_domain.errors import UserError
 from t5x_domain.kernels.precision import accumulator
 from t5x_domain.models.config import ModelConfig

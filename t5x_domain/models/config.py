@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import gin
+
 from t5x_domain.errors import UserError
 
 GLOBAL, LOCAL = "global", "local"

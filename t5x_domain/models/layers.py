@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from t5x_domain.kernels.dense import dense
 from t5x_domain.kernels.precision import accumulator
 from t5x_domain.models.config import ModelConfig
 from t5x_domain.parallel.sharding import constrain
@@ -45,8 +46,8 @@ class Linear(nnx.Module):
         self.dtype = jnp.dtype(dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[..., in_dim] -> [..., out_dim]."""
-        return x @ self.kernel[...].astype(self.dtype)
+        """[B, T, in_dim] -> [B, T, out_dim]."""
+        return dense(x, self.kernel[...].astype(self.dtype))
 
 
 class Norm(nnx.Module):

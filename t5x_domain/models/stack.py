@@ -1,5 +1,6 @@
 """A stack of transformer blocks: one repeating pattern, compiled once and scanned."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -65,17 +66,30 @@ class Block(nnx.Module):
 class Pattern(nnx.Module):
     """One turn of `config.layer_pattern`, or its beginning."""
 
-    def __init__(self, config: ModelConfig, kinds: tuple[str, ...], *, rngs: nnx.Rngs, **options: bool) -> None:
-        """One block for each kind."""
+    def __init__(
+        self, config: ModelConfig, kinds: tuple[str, ...], *, scanned: bool, rngs: nnx.Rngs, **options: bool
+    ) -> None:
+        """One block for each kind; `scanned` if the pattern is the body of a scan."""
         self.blocks = nnx.List([Block(config, kind=kind, rngs=rngs, **options) for kind in kinds])
+        self.remat, self.scanned = config.remat, scanned
 
     def __call__(
         self, x: jax.Array, rng: jax.Array | None, shared: Mapping[str, Any], cross: Mapping[str, Any] | None
     ) -> jax.Array:
         """Runs the blocks one after the other."""
         for i, block in enumerate(self.blocks):
-            x = block(x, None if rng is None else jax.random.fold_in(rng, i), shared, cross)
+            x = self._remat(block)(x, None if rng is None else jax.random.fold_in(rng, i), shared, cross)
         return x
+
+    def _remat(self, block: Block) -> Any:
+        """`block`, whose backward pass recomputes what `config.remat` says."""
+        if self.remat == "none":
+            return block
+        graph, params = nnx.split(block)
+        call = lambda params, *inputs: nnx.merge(graph, params)(*inputs)  # noqa: E731
+        # Inside a scan XLA cannot undo the recomputation, so the costly barrier against that is not needed.
+        checkpointed = jax.checkpoint(call, policy=_REMAT_POLICIES[self.remat], prevent_cse=not self.scanned)
+        return functools.partial(checkpointed, params)
 
 
 class Stack(nnx.Module):
@@ -91,8 +105,8 @@ class Stack(nnx.Module):
             kinds, repeats, rest = kinds * repeats + kinds[:rest], 0, num_layers
         one_bias = config.position == "relative_bias" and not config.relative_bias_per_layer
         self.relative_bias = RelativeBiasTable(config, bidirectional=not causal, rngs=rngs) if one_bias else None
-        self.layers = _stacked(lambda rngs: Pattern(config, kinds, rngs=rngs, **options), repeats, rngs)
-        self.rest = Pattern(config, kinds[:rest], rngs=rngs, **options) if rest else None
+        self.layers = _stacked(lambda rngs: Pattern(config, kinds, scanned=True, rngs=rngs, **options), repeats, rngs)
+        self.rest = Pattern(config, kinds[:rest], scanned=False, rngs=rngs, **options) if rest else None
         self.norm = Norm(config)
         self.config = config
 
@@ -140,7 +154,7 @@ class Stack(nnx.Module):
         if self.layers is not None:
             x = self._scan(x, scan_rng, shared, cross)
         if self.rest is not None:
-            x = self._remat(self.rest)(x, rest_rng, shared, cross)
+            x = self.rest(x, rest_rng, shared, cross)
         return dropout(self.norm(x), self.config.dropout_rate, norm_rng)
 
     def _scan(self, x: jax.Array, rng: jax.Array | None, shared: Mapping[str, Any], cross: Any) -> jax.Array:
@@ -150,17 +164,9 @@ class Stack(nnx.Module):
 
         def body(x: jax.Array, layer: tuple[Any, Any]) -> tuple[jax.Array, None]:
             params, rng = layer
-            call = lambda params, x, rng, shared, cross: nnx.merge(graph, params)(x, rng, shared, cross)  # noqa: E731
-            return self._remat(call)(params, x, rng, shared, cross), None
+            return nnx.merge(graph, params)(x, rng, shared, cross), None
 
         return jax.lax.scan(body, x, (params, rngs))[0]
-
-    def _remat(self, call: Any) -> Any:
-        """`call`, whose backward pass recomputes what `config.remat` says."""
-        if self.config.remat == "none":
-            return call
-        # Inside a scan XLA cannot undo the recomputation, so the costly barrier against that is not needed.
-        return jax.checkpoint(call, policy=_REMAT_POLICIES[self.config.remat], prevent_cse=not self.config.scan_layers)
 
 
 def _stacked(make: Any, repeats: int, rngs: nnx.Rngs) -> nnx.Module | None:

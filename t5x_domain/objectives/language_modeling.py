@@ -3,9 +3,9 @@
 import dataclasses
 from collections.abc import Mapping
 
+import gin
 import numpy as np
 
-import gin
 from t5x_domain.data.vocabulary import Vocabulary
 from t5x_domain.errors import UserError
 from t5x_domain.objectives.base import Objective

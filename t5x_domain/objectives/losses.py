@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
+import gin
 import jax
 import jax.numpy as jnp
 
-import gin
 from t5x_domain.kernels.cross_entropy import cross_entropy
 
 Batch = Mapping[str, jax.Array]

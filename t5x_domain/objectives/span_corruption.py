@@ -7,9 +7,9 @@ Raffel et al. 2020 (arXiv:1910.10683), section 3.1.4 and figure 2; the mask and 
 import dataclasses
 from collections.abc import Mapping
 
+import gin
 import numpy as np
 
-import gin
 from t5x_domain.data.vocabulary import Vocabulary
 from t5x_domain.errors import UserError
 from t5x_domain.objectives.base import Objective

@@ -3,10 +3,10 @@
 import dataclasses
 import math
 
+import gin
 import jax
 import numpy as np
 
-import gin
 from t5x_domain.errors import UserError
 
 AXES = ("data", "fsdp", "sequence", "tensor")

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import gin
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-import gin
 from t5x_domain.errors import UserError
 from t5x_domain.training.optimizer import path_name
 from t5x_domain.training.state import TrainState

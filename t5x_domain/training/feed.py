@@ -1,5 +1,6 @@
 """What a run reads: the token caches of its mixture, opened, checked, and turned into arrays on the mesh."""
 
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -10,14 +11,15 @@ from jax.sharding import Mesh
 from t5x_domain.data import packing
 from t5x_domain.data.cache import CachedSplit, TokenCache
 from t5x_domain.data.loader import Batches, iterate
-from t5x_domain.data.tasks import Component, Mixture
+from t5x_domain.data.tasks import Component, Corpus, Mixture
 from t5x_domain.errors import UserError
 from t5x_domain.evaluation.perplexity import held_out_scores
 from t5x_domain.models.assemblies import DecoderOnly, EncoderDecoder
 from t5x_domain.parallel.sharding import sharding
 from t5x_domain.training.run import Run
 
-_LAYOUTS = {EncoderDecoder: packing.EncoderDecoder, DecoderOnly: packing.DecoderOnly}
+# How examples become the features that an assembly takes.
+LAYOUTS = {EncoderDecoder: packing.EncoderDecoder(), DecoderOnly: packing.DecoderOnly()}
 
 
 class Feed:
@@ -37,8 +39,14 @@ class Feed:
                 f"{mesh.shape['fsdp']} (MeshShape.fsdp) x {run.accumulation_steps} (Run.accumulation_steps) parts; "
                 f"make it a multiple of {shares}."
             )
+        if run.model not in LAYOUTS:
+            raise UserError(
+                f"Run.model = {run.model.__name__} has no decoder to learn from these objectives; "
+                f"set MODEL to one of {', '.join('@' + model.__name__ for model in LAYOUTS)}."
+            )
         self._run, self._mesh = run, mesh
         self.corpora = list(dict.fromkeys(component.corpus.name for component in run.mixture.components))
+        self.loss = functools.partial(run.loss, num_corpora=len(self.corpora))
         self.batches = self._batches(run.mixture, run.train_split)
         self._held_out = {self._held_out_name(c): self._held_out_batches(c) for c in run.mixture.components}
 
@@ -66,6 +74,13 @@ class Feed:
             scores[corpus] = held_out_scores(eval_step, params, features, bytes_per_token=bytes_per_token)
         return scores
 
+    def held_out_documents(self, corpus: Corpus, shortest: int, longest: int, count: int) -> list[np.ndarray]:
+        """The first `count` held-out documents of `shortest` to `longest` tokens, int32 [n] each."""
+        split = self._split(corpus.name, corpus.version, self._run.eval_split)
+        sizes = np.diff(split.offsets)
+        chosen = np.flatnonzero((sizes >= shortest) & (sizes <= longest))[:count]
+        return [split.documents(int(index), int(index) + 1)[0] for index in chosen]
+
     def position(self, step: int) -> dict[str, int]:
         """Where the data stands after `step` updates. With the run's seed it is all there is to know."""
         return {"step": step, "seed": self._run.seed}
@@ -87,7 +102,7 @@ class Feed:
             mixture,
             run.vocabulary,
             lengths=run.lengths,
-            layout=_LAYOUTS[run.model](),
+            layout=LAYOUTS[run.model],
             batch_size=run.batch_size,
             seed=run.seed,
             packing=run.packing,

@@ -1,7 +1,6 @@
 """The main job: from a prepared token cache to a trained model, resumable to the bit."""
 
 import contextlib
-import functools
 import json
 import os
 import signal
@@ -11,11 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import gin
 import jax
 import numpy as np
 import optax
 
-import gin
 from t5x_domain.errors import UserError
 from t5x_domain.training.checkpoint import Checkpoints, restore_params
 from t5x_domain.training.feed import Feed
@@ -42,9 +41,10 @@ def train(run: Run) -> int:
     feed = Feed(run, mesh)
     blueprint = Blueprint(run.model, run.config, mesh)
     transform = run.updates.build(blueprint.axes)
-    loss = functools.partial(run.loss, num_corpora=len(feed.corpora))
-    train_step = make_train_step(blueprint, loss, transform, seed=run.seed, accumulation_steps=run.accumulation_steps)
-    eval_step = make_eval_step(blueprint, loss)
+    train_step = make_train_step(
+        blueprint, feed.loss, transform, seed=run.seed, accumulation_steps=run.accumulation_steps
+    )
+    eval_step = make_eval_step(blueprint, feed.loss)
 
     run_dir = run.claim_directory()
     (run_dir / "config.gin").write_text(gin.operative_config_str(), encoding="utf-8")
@@ -104,6 +104,19 @@ def starting_state(
         if left:
             print(f"not in {run.init_from}, freshly initialised: {', '.join(left)}")
     return blueprint.init_state(params, transform), 0
+
+
+def open_trained(run: Run) -> tuple[Feed, Blueprint, Any]:
+    """What a finished or interrupted run reads, its model, and the parameters of its newest checkpoint.
+
+    Raises:
+      UserError: there is no checkpoint, it is of another model, or the cache is not fit for use.
+    """
+    mesh = run.mesh.build()
+    blueprint = Blueprint(run.model, run.config, mesh)
+    found, _ = restore_params(run.run_dir, blueprint.abstract_params)
+    params = jax.tree_util.tree_map_with_path(lambda path, _: found[path_name(path)], blueprint.shapes)
+    return Feed(run, mesh), blueprint, params
 
 
 class PreemptionNotice:

@@ -9,10 +9,10 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import gin
 import jax
 import optax
 
-import gin
 from t5x_domain.errors import UserError
 
 Tree = Any
@@ -72,7 +72,7 @@ class AdamW:
 @gin.configurable
 @dataclasses.dataclass(frozen=True)
 class Muon:
-    """Muon (Jordan et al. 2024) for the matrices inside layers, Adam for everything else.
+    """Muon (Jordan et al. 2024) for the matrices inside layers, Adam with Nesterov momentum for everything else.
 
     Updates are scaled to Adam's size (Liu et al. 2025, "Muon is scalable", section 2.2), so both share a schedule.
     """

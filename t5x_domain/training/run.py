@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import gin
+
 from t5x_domain.data.tasks import Mixture
 from t5x_domain.errors import UserError
 from t5x_domain.models.assemblies import LanguageModel
@@ -98,8 +99,9 @@ class Run:
             "Run.seed": self.seed,
             "Updates.optimizer": repr(self.updates.optimizer),
             "Updates.freeze": list(self.updates.freeze),
+            **{f"{name} bindings": gin.get_bindings(name) for name in ("Batches", "language_model_loss")},
         }
-        return json.loads(json.dumps(described))
+        return json.loads(json.dumps(described, default=repr))
 
     def claim_directory(self) -> Path:
         """Creates the run directory, or checks that it is this run's.

@@ -1,9 +1,8 @@
 """Learning-rate schedules, from optax. Each is a gin-configured function that returns step -> learning rate."""
 
+import gin
 import jax.numpy as jnp
 import optax
-
-import gin
 
 
 def _warmup_then(rest: optax.Schedule, peak: float, warmup_steps: int) -> optax.Schedule:

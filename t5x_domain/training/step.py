@@ -65,7 +65,7 @@ def make_train_step(
             grads, sums = accumulated(state.params, batch, rng)
         weight = jnp.maximum(sums["weight"], 1.0)
         grads = jax.tree.map(lambda g: g / weight, grads)
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         updates, opt_state = transform.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         finite = jnp.isfinite(grad_norm) & jnp.isfinite(sums["loss"])

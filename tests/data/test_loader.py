@@ -234,6 +234,9 @@ def test_iterate_ends_with_the_epochs_or_never():
     "changes, message",
     [
         ({"num_hosts": 3}, "batch_size=8 must be a positive multiple of the 3 hosts"),
+        ({"rows_per_window": 0}, "Batches.rows_per_window=0 must be at least 1"),
+        ({"fill": 1.5}, "Batches.fill=1.5 must be"),
+        ({"seed": -1}, "seed=-1 must not be negative"),
         ({"epochs": 1}, "epochs=1 needs a mixture of one component"),
         ({"packing": "best_fit"}, "packing='best_fit' is not one of"),
         ({"packing": "first_fit", "separator": True}, "separator=True is for packing='concat_and_split'"),

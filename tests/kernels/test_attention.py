@@ -14,7 +14,8 @@ from t5x_domain.kernels.attention import attention
 from t5x_domain.kernels.mask import BIDIRECTIONAL, CAUSAL, Mask, SegmentIds
 from t5x_domain.kernels.relative_bias import RelativeBias, relative_position_bucket
 
-UNIT = {"float32": 2**-24, "bfloat16": 2**-9}  # unit roundoff
+# Unit roundoffs of the inputs' dtype and of the one that sums are kept in.
+UNITS = {"bfloat16": (2**-9, 2**-24), "float32": (2**-24, 2**-24), "float64": (2**-53, 2**-53)}
 
 
 @dataclasses.dataclass
@@ -48,7 +49,7 @@ class Case:
             result &= (j - i >= -self.mask.window[0]) & (j - i <= self.mask.window[1])
         return result
 
-    def reference(self, unit: float) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    def reference(self, dtype: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """Output and gradients, each with a bound of what rounding may change.
 
         Every result is a sum of products of exact inputs and of probabilities. A sum of n terms has an error of at most
@@ -94,9 +95,13 @@ class Case:
         # more; the cap's derivative 1 - tanh² cancels, which costs its relative error nothing below |raw| ~ softcap.
         top = (raw_size * allowed).max() + np.log(keys) + 1
         steps = dim + keys + 8
-        logit_error = 2**-24 * steps * top
+        unit, sum_unit = UNITS[dtype]
+        logit_error = sum_unit * steps * top
         terms = 2 * queries * groups * self.q.shape[0] + keys + dim
-        epsilon = 4 * logit_error + 2**-24 * terms + (4 * unit if unit > 2**-24 else 0)
+        # Probabilities, their gradient, the output and `delta` pass through the inputs' dtype.
+        epsilon = 4 * logit_error + sum_unit * terms + 4 * unit
+        if dtype == "float64":
+            epsilon *= 2  # the reference rounds as much
         scaled = self.scale
         return {
             "out": (out, epsilon * out_size),
@@ -130,10 +135,10 @@ def check(case: Case, chunk_size: int | None = None, dtype: str = "float32") -> 
     # The reference starts from the rounded inputs, so that only the kernel's own rounding is left.
     cast = lambda a: jnp.asarray(a, dtype)  # noqa: E731
     exact = {name: np.asarray(cast(getattr(case, name)), np.float64) for name in ("q", "k", "v", "d_out")}
-    table = None if case.table is None else jnp.asarray(case.table, jnp.float32)
+    table = None if case.table is None else jnp.asarray(case.table, jnp.promote_types(dtype, jnp.float32))
     if table is not None:
         exact["table"] = np.asarray(table, np.float64)
-    expected = dataclasses.replace(case, **exact).reference(UNIT[dtype])
+    expected = dataclasses.replace(case, **exact).reference(dtype)
     inputs = (cast(case.q), cast(case.k), cast(case.v), table)
 
     @jax.jit
@@ -201,9 +206,10 @@ def cases(draw):
 
 
 @settings(max_examples=25, deadline=None)
-@given(case=cases(), chunk_size=st.sampled_from((1, 4, 7, 64)))
-def test_output_and_gradients_equal_the_dense_reference(case, chunk_size):
-    check(case, chunk_size)
+@given(case=cases(), chunk_size=st.sampled_from((1, 4, 7, 64)), dtype=st.sampled_from(("float32", "float64")))
+def test_output_and_gradients_equal_the_dense_reference(case, chunk_size, dtype):
+    with jax.enable_x64(dtype == "float64"):
+        check(case, chunk_size, dtype)
 
 
 def make(rng, batch=2, queries=40, keys=40, heads=4, kv_heads=2, dim=8, **options) -> Case:

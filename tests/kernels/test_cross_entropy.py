@@ -63,7 +63,7 @@ def check(arrays, chunk_tokens, options):
     want_loss, nll, logits, (want_hidden, want_kernel) = reference(arrays, options)
     epsilon, (hidden, kernel, _, weights) = relative_error(arrays, options), arrays
     z = np.log(np.exp(logits).sum(-1))
-    # |d loss / d logit| <= weight * scale * (p (1 + 2 z_loss |log Z|) + wanted); over the vocabulary p and wanted sum to 1.
+    # |d loss / d logit| <= weight * scale * (p (1 + 2 z_loss |log Z|) + wanted); p and wanted each sum to 1.
     z_loss, scale = options.get("z_loss", 0.0), options.get("logit_scale", 1.0)
     row = weights * scale * (2 + 2 * z_loss * abs(z))
     sizes = (weights * (abs(nll) + abs(logits).max(-1) + z_loss * z**2 + 1)).sum()
@@ -128,7 +128,7 @@ def test_tokens_without_weight_change_nothing():
 
 
 def test_bfloat16_activations():
-    """Logits and sums stay float32; the gradient of the logits is rounded to bfloat16 (u = 2^-9) before its products."""
+    """Logits and sums stay float32; the logits' gradient is rounded to bfloat16 (u = 2^-9) before its products."""
     hidden, kernel, targets, weights = make(np.random.default_rng(3))
     rounded = [np.asarray(jnp.asarray(a, jnp.bfloat16), np.float32) for a in (hidden, kernel)]
     f = lambda h, k: cross_entropy(h, k, targets, weights)[0]  # noqa: E731

@@ -23,7 +23,7 @@ PUBLISHED = {
 
 
 def bucket_of(relative_position: int, bidirectional: bool, num_buckets: int, max_distance: int) -> int:
-    """The definition in exact integers: bucket e + j, of n a side, starts at the first d with (d/e)^(n-e) >= (max/e)^j."""
+    """The definition in exact integers: bucket e + j starts at the first d with (d/e)^(n-e) >= (max/e)^j."""
     after = 0
     if bidirectional:
         num_buckets //= 2

@@ -1,0 +1,79 @@
+"""`python -m t5x_domain.demo`: prepares the shipped sample, trains on it, and ends with a report to read."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from t5x_domain import cli
+
+if TYPE_CHECKING:
+    from t5x_domain.evaluation.fill import Filled
+    from t5x_domain.training.run import Run
+
+_FILLED_PER_CORPUS = 3
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parses flags and goes the whole way from documents to the report."""
+    parser = cli.parser("demo")
+    parser.add_argument("--run_dir", default="runs/demo", help="where everything goes (default: %(default)s)")
+    flags, bindings = cli.parse(parser, argv)
+    cli.run("demo", lambda: _demo(flags.gin_file, flags.run_dir, bindings, flags.gin_search_path))
+
+
+def _demo(gin_files: Sequence[str], run_dir: str, bindings: Sequence[str], search_paths: Sequence[str]) -> int:
+    tails = {"RUN_DIR": "", "CACHE_DIR": "/cache", "VOCABULARY_FILE": "/cache/vocabulary.model"}
+    places = [f"{name} = {run_dir + tail!r}" for name, tail in tails.items()]
+    cli.load_gin(["gin/runs/demo.gin", *gin_files], [*places, *bindings], search_paths)
+    from t5x_domain.data.preparation import prepare
+    from t5x_domain.evaluation.report import write_report
+    from t5x_domain.training.loop import train
+    from t5x_domain.training.run import Run
+
+    print("1. Documents become a vocabulary and a token cache.", flush=True)
+    cli.build(prepare)
+    print("\n2. The cache becomes a model.", flush=True)
+    run = cli.build(Run)
+    status = train(run)
+    if status:
+        return status
+    print("\n3. What was learned (perplexity of held-out text: the smaller, the better).")
+    write_report(run.run_dir, filled=_fill(run))
+    _print_summary(Path(run.run_dir))
+    return 0
+
+
+def _fill(run: "Run") -> list["Filled"]:
+    """A handful of held-out documents of each corpus with the model's words in the blanks."""
+    import numpy as np
+
+    from t5x_domain.evaluation.fill import fill_spans
+    from t5x_domain.training.loop import open_trained
+
+    feed, blueprint, params = open_trained(run)
+    rng = np.random.default_rng(run.seed)
+    examples = [
+        component.objective(tokens, rng, run.vocabulary)
+        for component in run.mixture.components
+        for tokens in feed.held_out_documents(component.corpus, 24, 64, _FILLED_PER_CORPUS)
+    ]
+    return fill_spans(blueprint, params, examples, run.vocabulary, max_targets=run.lengths["targets"])
+
+
+def _print_summary(run_dir: Path) -> None:
+    summary = json.loads((run_dir / "eval.json").read_text(encoding="utf-8"))
+    before, after = summary["before"], summary["after"]
+    for corpus in after:
+        if corpus != "step":
+            print(
+                f"   {corpus:12} {before[corpus]['perplexity']:8,.1f} -> {after[corpus]['perplexity']:.1f}   "
+                f"({after[corpus]['accuracy']:.0%} of the hidden words and pieces guessed right)"
+            )
+    print(
+        f"\nOpen {run_dir / 'report.html'}; beside it: metrics.jsonl, eval.json, config.gin, checkpoints/, tensorboard/."
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,367 @@
+"""report.html: what a run learned, on one page that needs neither network nor JavaScript."""
+
+import html
+import io
+import itertools
+import json
+import math
+import os
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from t5x_domain.errors import UserError
+from t5x_domain.evaluation.fill import Blank, Filled
+from t5x_domain.training.metrics import read_json_lines
+
+# Middle tones, which stand out from white and from black paper alike.
+_COLOURS = ("#3b82c4", "#d9762b", "#2a9d78", "#a86bc4", "#c9485b", "#a08a1f", "#2f9fb3", "#8a6f5c")
+# Matplotlib knows no currentColor, so it draws ink in a colour that nothing else has, which is then replaced.
+_INK = "#010203"
+
+
+def write_report(run_dir: str | os.PathLike[str], *, filled: Sequence[Filled] = ()) -> Path:
+    """Writes `run_dir`/report.html, whole or not at all, from the files that a finished run leaves there.
+
+    Args:
+      run_dir: holds metrics.jsonl, evaluations.jsonl, eval.json and config.gin.
+      filled: documents whose blanks the model filled, see `evaluation.fill`.
+
+    Returns:
+      The path of the report.
+
+    Raises:
+      UserError: one of the files is missing or damaged.
+    """
+    folder = Path(run_dir).resolve()
+    summary = _read(folder / "eval.json", lambda path: json.loads(path.read_text(encoding="utf-8")))
+    metrics = _read(folder / "metrics.jsonl", read_json_lines)
+    evaluations = _read(folder / "evaluations.jsonl", read_json_lines)
+    config = _read(folder / "config.gin", lambda path: path.read_text(encoding="utf-8"))
+    page = _page(folder.name, summary, metrics, evaluations, config, filled)
+    partial = folder / "report.partial"
+    partial.write_text(page, encoding="utf-8")
+    os.replace(partial, folder / "report.html")
+    return folder / "report.html"
+
+
+def _read(path: Path, reader: Callable[[Path], Any]) -> Any:
+    if not path.exists():
+        raise UserError(
+            f"{path} is missing; a run writes it by its last step, so start the same training command again."
+        )
+    try:
+        return reader(path)
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); restore it, or train again in an empty directory.") from error
+
+
+def _page(
+    name: str,
+    summary: Mapping[str, Any],
+    metrics: Sequence[Mapping[str, Any]],
+    evaluations: Sequence[Mapping[str, Any]],
+    config: str,
+    filled: Sequence[Filled],
+) -> str:
+    after = summary["after"]
+    corpora = [key for key in after if key != "step"]
+    colours = dict(zip(corpora, itertools.cycle(_COLOURS))) if len(corpora) > 1 else dict.fromkeys(corpora, _INK)
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{html.escape(name)} – training report</title>
+<style>{_STYLE}</style>
+</head>
+<body>
+<header>
+<p class="kicker">Training report</p>
+<h1>{html.escape(name)}</h1>
+<p class="headline">{_headline(summary, corpora)}</p>
+<p class="facts">{_facts(after["step"], metrics)}</p>
+</header>
+<main>
+<section>
+<h2>Held-out text, before and after</h2>
+{_table(summary, corpora)}
+</section>
+<section>
+<h2>Training</h2>
+{_legend(colours)}
+<div class="figures">{_figures(metrics, evaluations, colours)}</div>
+</section>
+{_passages(filled)}
+<section>
+<h2>Configuration</h2>
+<details><summary>Every value the run was made with</summary><pre>{html.escape(config)}</pre></details>
+</section>
+</main>
+</body>
+</html>
+"""
+
+
+def _headline(summary: Mapping[str, Any], corpora: Sequence[str]) -> str:
+    clauses = []
+    for corpus in corpora:
+        before, after = summary["before"][corpus], summary["after"][corpus]
+        clauses.append(
+            f"from {_number(before['perplexity'])} to <b>{_number(after['perplexity'])}</b> "
+            f"on <em>{html.escape(corpus)}</em> ({_number(after['bits_per_byte'])} bits per byte)"
+        )
+    listed = " and ".join([", ".join(clauses[:-1]), clauses[-1]] if clauses[1:] else clauses)
+    return f"In {_updates(summary['after']['step'])}, held-out perplexity went {listed}."
+
+
+def _facts(steps: int, metrics: Sequence[Mapping[str, Any]]) -> str:
+    facts = [_updates(steps)]
+    if metrics:
+        rate = statistics.median(line["tokens_per_second"] for line in metrics)
+        facts += [
+            f"final training loss {_number(metrics[-1]['loss'])}",
+            f"{rate:,.0f} tokens per second (median)",
+            f"{_updates(metrics[-1]['skipped'])} skipped",
+        ]
+    return " · ".join(facts)
+
+
+def _table(summary: Mapping[str, Any], corpora: Sequence[str]) -> str:
+    columns = {"perplexity": _number, "bits_per_byte": _number, "accuracy": lambda share: f"{share:.1%}"}
+    rows = []
+    for corpus in corpora:
+        before, after = summary["before"][corpus], summary["after"][corpus]
+        cells = "".join(
+            f"<td><span>{show(before[key])}&nbsp;→</span> <b>{show(after[key])}</b></td>"
+            for key, show in columns.items()
+        )
+        name = f"{html.escape(corpus)} <small>{after['targets']:,} targets</small>"
+        rows.append(f"<tr><th scope='row'>{name}</th>{cells}</tr>")
+    return f"""<table>
+<thead><tr><th scope="col">Corpus</th><th scope="col">Perplexity</th><th scope="col">Bits per byte</th>
+<th scope="col">Accuracy</th></tr></thead>
+<tbody>{"".join(rows)}</tbody>
+</table>
+<p class="note">Update {summary["before"]["step"]:,} → update {summary["after"]["step"]:,}.
+Perplexity is the exponential of the mean loss of a target token; bits per byte divide that loss by the corpus’s UTF-8
+bytes per token, so that vocabularies can be compared; accuracy is the share of targets to which the model gave the
+largest probability.</p>"""
+
+
+def _legend(colours: Mapping[str, str]) -> str:
+    if len(colours) == 1:
+        return ""
+    items = [("currentColor", "all corpora"), *((colour, corpus) for corpus, colour in colours.items())]
+    return "<p class='legend'>{}</p>".format(
+        " ".join(f"<span><i style='background:{colour}'></i>{html.escape(name)}</span>" for colour, name in items)
+    )
+
+
+def _passages(filled: Sequence[Filled]) -> str:
+    if not filled:
+        return ""
+    blanks = [blank for document in filled for blank in document.blanks]
+    texts = []
+    for document in filled:
+        parts = [html.escape(document.pieces[0])]
+        for blank, piece in zip(document.blanks, document.pieces[1:], strict=True):
+            parts += [_blank(blank), html.escape(piece)]
+        texts.append(f"<blockquote>{''.join(parts)}</blockquote>")
+    return f"""<section>
+<h2>Filling in the blanks</h2>
+<p>Held-out passages with spans taken out. The model wrote {sum(blank.correct for blank in blanks):,} of
+{len(blanks):,} spans <mark class="same">exactly as the author did</mark>; where it wrote
+<mark class="other">something else</mark>, <ins>the original</ins> follows.</p>
+{"".join(texts)}
+</section>"""
+
+
+def _blank(blank: Blank) -> str:
+    shown = blank.written.lstrip()
+    space = blank.written[: len(blank.written) - len(shown)]
+    if blank.correct:
+        return f"{space}<mark class='same'>{html.escape(shown)}</mark>"
+    written, original = html.escape(shown) or "<i>nothing</i>", html.escape(blank.original.strip())
+    return f"{space or ' '}<mark class='other'>{written}</mark> <ins>{original}</ins>"
+
+
+def _number(value: float) -> str:
+    if value >= 1e7:
+        return f"{value:.2e}"
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}" if value >= 100 else f"{value:.2f}"
+
+
+def _updates(count: int) -> str:
+    return f"{count:,} update{'' if count == 1 else 's'}"
+
+
+class _Curve(NamedTuple):
+    colour: str
+    steps: Sequence[int]
+    values: Sequence[float | None]
+
+
+def _figures(
+    metrics: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]], colours: Mapping[str, str]
+) -> str:
+    def logged(key: str) -> _Curve:
+        return _Curve(_INK, [line["step"] for line in metrics], [line[key] for line in metrics])
+
+    steps = [line["step"] for line in metrics]
+    by_corpus = [
+        _Curve(colour, steps, [line["corpus_loss"].get(corpus) for line in metrics])
+        for corpus, colour in colours.items()
+    ]
+    held_out = [
+        _Curve(
+            colour,
+            [line["step"] for line in evaluations],
+            [line["corpora"][corpus]["perplexity"] for line in evaluations],
+        )
+        for corpus, colour in colours.items()
+    ]
+    # The curve of the only corpus would hide under that of all.
+    loss = [*(by_corpus if len(colours) > 1 else []), logged("loss")]
+    rate = [logged("tokens_per_second")]
+    return "\n".join(
+        [
+            _figure("Training loss", "nats per target; light: as logged, strong: moving average", loss, smooth=True),
+            _figure("Held-out perplexity", "logarithmic scale", held_out, log=True, markers=True),
+            _figure("Learning rate", "of each update", [logged("learning_rate")], zero=True),
+            _figure("Throughput", "tokens per second, padding left out", rate, smooth=True, zero=True),
+        ]
+    )
+
+
+def _figure(
+    title: str,
+    caption: str,
+    curves: Sequence[_Curve],
+    *,
+    smooth: bool = False,
+    log: bool = False,
+    markers: bool = False,
+    zero: bool = False,
+) -> str:
+    """One chart over update numbers as inline SVG, its text in the page's font and colour."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    style = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": title,  # ids must differ between the figures of a page
+        "text.parse_math": False,
+        "font.size": 9,
+        **dict.fromkeys(
+            ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color"), _INK
+        ),
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.spines.left": False,
+        "ytick.left": False,
+        "axes.grid": True,
+        "axes.grid.axis": "y",
+        "grid.alpha": 0.15,
+        "lines.linewidth": 1.5,
+    }
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(4.2, 2.5), layout="constrained")
+        axes = figure.add_subplot()
+        for colour, steps, values in curves:
+            y = np.array(values, np.float64)  # None becomes NaN
+            known = np.abs(y) < 1e100  # neither NaN nor so large that the places of ticks overflow
+            x, y = np.array(steps)[known], y[known]
+            marker = "o" if markers or len(x) == 1 else None
+            if smooth and len(x) > 1:
+                axes.plot(x, y, color=colour, alpha=0.25, linewidth=0.8, clip_on=False)
+                y = _moving_average(y)
+            axes.plot(x, y, color=colour, marker=marker, markersize=3, clip_on=False)
+        _scale(axes, log=log, zero=zero)
+        drawn = io.StringIO()
+        figure.savefig(
+            drawn, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        )
+    svg = drawn.getvalue().replace(_INK, "currentColor")
+    label = html.escape(f"{title}: {caption}")
+    svg = svg[svg.index("<svg") :].replace("<svg", f"<svg role='img' aria-label='{label}'", 1)
+    return f"<figure><figcaption><b>{title}</b> {caption}</figcaption>{svg}</figure>"
+
+
+def _scale(axes: Any, *, log: bool, zero: bool) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+    round_steps = [1, 2, 2.5, 5, 10]
+    axes.yaxis.set_major_locator(MaxNLocator(5, steps=round_steps))
+    if zero:
+        axes.set_ylim(bottom=0)
+    low, high = axes.dataLim.intervaly
+    if log and low <= high:  # else there is no finite value to scale
+        axes.set_yscale("log")
+        # Less than a decade has too few round powers to be read; ticks then stand at even distances.
+        decades = math.log10(high / low)
+        subs = (1,) if decades > 3 else (1, 3) if decades > 1.5 else (1, 2, 5)
+        axes.yaxis.set_major_locator(LogLocator(subs=subs) if decades > 0.7 else MaxNLocator(5))
+        axes.yaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel("update")
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_locator(MaxNLocator(5, steps=round_steps, integer=True, min_n_ticks=1))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+
+
+def _moving_average(values: np.ndarray) -> np.ndarray:
+    """Mean over a centred window of a twentieth of the values, shorter at both ends."""
+    window = np.ones(max(len(values) // 20, 1))
+    return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
+
+
+_STYLE = """
+:root { color-scheme: light dark; --paper: #fdfdfb; --ink: #1d1f21; --muted: #6a6d70; --rule: #d9d9d4;
+  --same: #cdeccf; --same-line: #2e8b3d; --other: #fbe3b3; --other-line: #b97a00; }
+@media (prefers-color-scheme: dark) {
+  :root { --paper: #17181a; --ink: #e4e4e0; --muted: #9a9da1; --rule: #38393c;
+    --same: #1f4527; --same-line: #5fbf70; --other: #4f3a0d; --other-line: #e0a733; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 3rem 1.25rem 4rem; max-width: 54rem; background: var(--paper); color: var(--ink);
+  font: 1.0625rem/1.6 Charter, "Bitstream Charter", "Iowan Old Style", Georgia, serif; }
+.kicker, .facts, .note, .legend, table, figcaption, svg text, summary {
+  font-family: system-ui, -apple-system, "Segoe UI", "Liberation Sans", sans-serif !important; }
+.kicker { margin: 0; font-size: .8rem; letter-spacing: .08em; text-transform: uppercase; color: var(--muted); }
+h1 { margin: .2rem 0 1rem; font-size: 2.2rem; line-height: 1.15; overflow-wrap: anywhere; }
+h2 { margin: 3rem 0 .8rem; padding-top: .9rem; border-top: 1px solid var(--rule); font-size: 1.3rem; line-height: 1.3; }
+.headline { margin: 0 0 .8rem; font-size: 1.3rem; line-height: 1.5; }
+.facts, .note { font-size: .85rem; color: var(--muted); }
+table { width: 100%; border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .5rem .4rem; text-align: right; font-weight: normal; vertical-align: baseline; }
+th:first-child { min-width: 6.5em; padding-left: 0; text-align: left; overflow-wrap: anywhere; }
+th small { display: block; white-space: nowrap; color: var(--muted); }
+th:last-child, td:last-child { padding-right: 0; }
+thead th { color: var(--muted); font-size: .8rem; border-bottom: 1px solid var(--ink); }
+tbody tr { border-bottom: 1px solid var(--rule); }
+td span { color: var(--muted); }
+td b, td span { white-space: nowrap; }
+.legend { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; margin: 0 0 1rem; font-size: .85rem; }
+.legend i { display: inline-block; width: 1.2em; height: 3px; margin-right: .45em; vertical-align: .25em; }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); gap: 1.6rem 2rem; }
+figure { margin: 0; break-inside: avoid; }
+figcaption { font-size: .8rem; color: var(--muted); }
+figcaption b { display: block; font-size: .9rem; color: var(--ink); }
+svg { display: block; width: 100%; height: auto; }
+blockquote { margin: 1.2rem 0; padding-left: 1rem; border-left: 3px solid var(--rule); white-space: pre-wrap;
+  overflow-wrap: anywhere; line-height: 1.75; }
+mark { padding: .05em .2em; border-radius: 3px; color: inherit; background: var(--same);
+  border-bottom: 2px solid var(--same-line); -webkit-print-color-adjust: exact; print-color-adjust: exact; }
+mark.other { background: var(--other); border-bottom: 2px dashed var(--other-line); }
+ins { color: var(--muted); font-style: italic; text-decoration: none; }
+ins::before { content: "["; } ins::after { content: "]"; }
+summary { cursor: pointer; font-size: .9rem; }
+pre { overflow-x: auto; font-size: .78rem; line-height: 1.45; }
+@media (max-width: 34rem) { body { padding-top: 1.5rem; } h1 { font-size: 1.7rem; } .headline { font-size: 1.12rem; }
+  table { font-size: .8rem; } thead th { font-size: .7rem; } }
+@media print { body { max-width: none; padding: 0; font-size: 10pt; } h2 { break-after: avoid; }
+  blockquote, tr { break-inside: avoid; } }
+"""

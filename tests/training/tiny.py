@@ -1,0 +1,55 @@
+"""A model and a batch small enough to train in a test, yet with every feature that a real one has."""
+
+import functools
+
+import jax
+import numpy as np
+
+from t5x_domain.models.assemblies import DecoderOnly, EncoderDecoder
+from t5x_domain.models.config import ModelConfig
+from t5x_domain.objectives.losses import language_model_loss
+from t5x_domain.parallel.mesh import MeshShape
+from t5x_domain.training.state import Blueprint
+
+VOCAB = 512
+CONFIG = ModelConfig(
+    vocab_size=VOCAB,
+    embed_dim=64,
+    mlp_dim=128,
+    num_heads=4,
+    head_dim=16,
+    num_encoder_layers=2,
+    num_decoder_layers=2,
+    dtype="float32",
+)
+LOSS = functools.partial(language_model_loss, num_corpora=2, z_loss=1e-4)
+
+
+def mesh(**shape):
+    """The mesh of that shape over the virtual devices; one device without arguments."""
+    return MeshShape(**shape).build() if shape else MeshShape().build(jax.devices()[:1])
+
+
+def blueprint(on=None, model=EncoderDecoder, config=CONFIG):
+    return Blueprint(model, config, on or mesh())
+
+
+def batch(rows=16, encoder=24, decoder=16, seed=0):
+    """Two packed segments a row, then padding of different lengths; two corpora."""
+    rng = np.random.default_rng(seed)
+    result = {}
+    for side, length in (("encoder", encoder), ("decoder", decoder)):
+        position = np.arange(length)
+        padding = rng.integers(0, 5, (rows, 1))
+        second = position >= length // 2
+        result[f"{side}_input_tokens"] = rng.integers(1, VOCAB, (rows, length)).astype(np.int32)
+        result[f"{side}_segment_ids"] = np.where(position < length - padding, 1 + second, 0).astype(np.int32)
+        result[f"{side}_positions"] = np.tile(position - second * (length // 2), (rows, 1)).astype(np.int32)
+    result["decoder_target_tokens"] = rng.integers(1, VOCAB, (rows, decoder)).astype(np.int32)
+    result["decoder_loss_weights"] = (result["decoder_segment_ids"] > 0).astype(np.float32)
+    result["decoder_prefix"] = (result["decoder_positions"] < 3).astype(np.int32)
+    result["corpus_ids"] = rng.integers(0, 2, (rows, decoder)).astype(np.int32)
+    return result
+
+
+MODELS = {"encoder_decoder": EncoderDecoder, "decoder_only": DecoderOnly}
