@@ -5,6 +5,7 @@ Only the standard library is imported here, so that `--help` and flag errors ans
 
 import argparse
 import importlib
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -63,9 +64,11 @@ def load_gin(files: Sequence[str], bindings: Sequence[str], search_paths: Sequen
       UserError: a file is not found, does not parse, or names something that does not exist.
     """
     import gin
+    from absl import logging
 
     from t5x_domain import configurables  # noqa: F401  so that every name a gin file may use is known
 
+    logging.set_verbosity(logging.ERROR)  # Orbax warns of what is of no concern to a user
     gin.clear_config()
     for path in [*search_paths, *gin_search_paths()]:
         gin.add_config_file_search_path(path)
@@ -78,7 +81,8 @@ def load_gin(files: Sequence[str], bindings: Sequence[str], search_paths: Sequen
         ) from error
     except (ValueError, SyntaxError, TypeError, KeyError, AttributeError, ImportError) as error:
         raise UserError(
-            f"gin: {' '.join(str(error).split())} Check the name in --gin_file or --gin.NAME=VALUE."
+            f"gin: {' '.join(str(error).split())} Check the name, and the value (text stands in quotes), in --gin_file "
+            "or --gin.NAME=VALUE."
         ) from error
 
 
@@ -93,6 +97,10 @@ def build(configurable: Callable[[], Any]) -> Any:
     except UserError as error:
         raise UserError(_first_line(error)) from error
     except (TypeError, ValueError, RuntimeError) as error:
+        if unset := re.search(r"In call to configurable 'macro' .*in scope '(\w+)'", str(error)):
+            raise UserError(
+                f"{unset[1]} is not set; bind it in a --gin_file or with --gin.{unset[1]}=VALUE."
+            ) from error
         raise UserError(f"gin: {_first_line(error)} Bind it in a --gin_file or with --gin.NAME=VALUE.") from error
 
 

@@ -68,10 +68,11 @@ def _print_summary(run_dir: Path) -> None:
         if corpus != "step":
             print(
                 f"   {corpus:12} {before[corpus]['perplexity']:8,.1f} -> {after[corpus]['perplexity']:.1f}   "
-                f"({after[corpus]['accuracy']:.0%} of the hidden words and pieces guessed right)"
+                f"({after[corpus]['accuracy']:.0%} of the missing pieces guessed right)"
             )
+    print(f"\nOpen {run_dir / 'report.html'}.")
     print(
-        f"\nOpen {run_dir / 'report.html'}; beside it: metrics.jsonl, eval.json, config.gin, checkpoints/, tensorboard/."
+        f"In {run_dir}/ are also metrics.jsonl, evaluations.jsonl, eval.json, config.gin, checkpoints/, tensorboard/."
     )
 
 

@@ -143,7 +143,9 @@ def write_cache(
 def _write_split(writer: CacheWriter, split: str) -> None:
     """Spills the records of a split to one file a shard, then sorts and writes shard by shard."""
     spills = [writer.folder / f"{split}-{shard:05d}.spill" for shard in range(writer.num_shards)]
-    progress = tqdm.tqdm(desc=f"{writer.corpus.name} {split}", unit=" documents", mininterval=2, file=sys.stderr)
+    progress = tqdm.tqdm(
+        desc=f"{writer.corpus.name} {split}", unit=" documents", mininterval=2, disable=None
+    )  # None: a terminal only
     with contextlib.ExitStack() as stack:
         stack.enter_context(progress)
         files = [stack.enter_context(open(spill, "wb")) for spill in spills]

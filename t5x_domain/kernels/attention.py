@@ -11,6 +11,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from t5x_domain.kernels.barrier import computed_once
 from t5x_domain.kernels.mask import KeyIntervals, Mask, SegmentIds, key_intervals
 from t5x_domain.kernels.precision import accumulator
 from t5x_domain.kernels.relative_bias import RelativeBias, diagonals, toeplitz, toeplitz_transpose
@@ -90,9 +91,10 @@ def _logits(q, k, diagonal, index, intervals, *, scale, softcap):
 
 
 def _bias_chunk(diagonal, index, chunk, key_length):
-    return toeplitz(
-        jax.lax.dynamic_slice_in_dim(diagonal, *_diagonal_slice(diagonal, index, chunk, key_length), 1), chunk
-    )
+    start, size = _diagonal_slice(diagonal, index, chunk, key_length)
+    bias = toeplitz(jax.lax.dynamic_slice_in_dim(diagonal, start, size, 1), chunk)
+    (bias,) = computed_once(bias)  # not again for each row of the batch
+    return bias
 
 
 def _diagonal_slice(diagonal, index, chunk, key_length):
@@ -175,7 +177,9 @@ def _attention_bwd(chunk, scale, softcap, residuals, d_out):
         seen = (rows.stop > rows.start)[:, None, None, :, None]
         probabilities = jnp.where(seen, jnp.exp(logits - lse_chunk[..., None]), 0.0)
         dp = jnp.einsum("bkgcd,bksd->bkgcs", d_out_chunk, v, preferred_element_type=accumulator(q.dtype))
-        ds = probabilities * (dp - delta_chunk[..., None]) * slope
+        (ds,) = computed_once(
+            probabilities * (dp - delta_chunk[..., None]) * slope
+        )  # not again for each of dq, dk, bias
         dv += jnp.einsum(
             "bkgcs,bkgcd->bksd", probabilities.astype(v.dtype), d_out_chunk, preferred_element_type=accumulator(q.dtype)
         )

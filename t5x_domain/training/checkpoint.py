@@ -4,9 +4,10 @@ Where a run starts from, in this order: the newest complete checkpoint of its ow
 parameters only; else fresh parameters.
 """
 
+import contextlib
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ class Checkpoints:
         Raises:
           UserError: this save, or the one before it, could not be written.
         """
-        with self._explained(step):
+        with self._explained(f"the checkpoint of step {step}, or the one before,"):
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -104,7 +105,7 @@ class Checkpoints:
         Raises:
           UserError: it could not be written.
         """
-        with self._explained(None):
+        with self._explained("the last checkpoint"):
             self._manager.wait_until_finished()
 
     def restore(self, target: TrainState, step: int) -> tuple[TrainState, dict[str, Any]]:
@@ -120,33 +121,27 @@ class Checkpoints:
         return TrainState(params=restored["params"], **restored["rest"]), restored["data"]
 
     def close(self) -> None:
-        """Waits for the last save and lets go of the directory."""
-        self.wait()
-        self._manager.close()
+        """Waits for the last save and lets go of the directory.
 
-    def _explained(self, step: int | None) -> "_Explained":
-        return _Explained(self, step)
+        Raises:
+          UserError: it could not be written.
+        """
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
 
-
-class _Explained:
-    """Turns a failed write into a sentence. What was complete before stays; Orbax renames a save only when whole."""
-
-    def __init__(self, checkpoints: Checkpoints, step: int | None) -> None:
-        self.checkpoints, self.step = checkpoints, step
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
-        if error is None or not isinstance(error, Exception):
-            return
-        reason = " ".join(str(error).split())
-        what = "A checkpoint" if self.step is None else f"The checkpoint of step {self.step} (or the one before)"
-        raise UserError(
-            f"{what} could not be written to {self.checkpoints.directory}: {reason[:300]}. "
-            f"The newest complete one is of step {self.checkpoints._manager.latest_step()}; "
-            "free disk space or set another --gin.RUN_DIR, then start the same command again to go on from there."
-        ) from error
+    @contextlib.contextmanager
+    def _explained(self, what: str) -> Iterator[None]:
+        """Turns a failed write into a sentence. What was complete before stays: Orbax renames a save only when whole."""
+        try:
+            yield
+        except Exception as error:  # Orbax and TensorStore raise many kinds, full disks among them
+            raise UserError(
+                f"{what} could not be written to {self.directory}: {' '.join(str(error).split())[:300]}. "
+                f"The newest complete checkpoint is of step {self._manager.latest_step()}; "
+                "make room or set another --run_dir, then start the same command again."
+            ) from error
 
 
 def _held_out_loss(metrics: dict[str, float]) -> float:

@@ -50,8 +50,9 @@ class MetricsWriter:
     def __init__(self, run_dir: Path, start_step: int) -> None:
         """Continues the files of a run that goes on from `start_step`."""
         self._metrics = JsonLines(run_dir / "metrics.jsonl", start_step)
-        # The evaluation at the step of the checkpoint was written before it was saved, hence stays.
-        self._evaluations = JsonLines(run_dir / "evaluations.jsonl", start_step)
+        # The evaluation of a checkpoint's step was written before it was saved, hence stays; that of step 0, which no
+        # checkpoint has, is made again.
+        self._evaluations = JsonLines(run_dir / "evaluations.jsonl", start_step or -1)
         # purge_step hides what TensorBoard has of the steps that are about to be repeated.
         self._events = tensorboardX.SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
 

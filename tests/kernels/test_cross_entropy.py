@@ -90,7 +90,7 @@ def test_equals_the_plain_formula(options, chunk_tokens):
     check(make(np.random.default_rng(0)), chunk_tokens, options)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     sizes=st.tuples(*(st.integers(1, n) for n in (3, 9, 6, 17))),
     chunk_tokens=st.integers(1, 30),

@@ -62,7 +62,7 @@ def test_keys_after_the_query():
     assert relative_position_bucket(np.array([1, 7, 16, 500]), bidirectional=False).tolist() == [0, 0, 0, 0]
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     queries=st.integers(1, 12),
     keys=st.integers(1, 12),
@@ -80,7 +80,7 @@ def test_diagonals_at_an_offset_equal_the_dense_bias(queries, keys, offset, bidi
     np.testing.assert_array_equal(actual, table[bucket].transpose(2, 0, 1))  # copies of table entries: exact
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(rows=st.integers(1, 9), columns=st.integers(1, 9), seed=st.integers(0, 99))
 def test_toeplitz_transpose_is_the_transpose(rows, columns, seed):
     """<toeplitz(d), b> = <d, toeplitz_transpose(b)>, in small integers, which float32 adds exactly."""

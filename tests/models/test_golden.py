@@ -234,8 +234,10 @@ def tolerance(config: ModelConfig, largest: float) -> float:
     return 2 * 8 * sublayers * config.mlp_dim**0.5 * 2**-24 * largest
 
 
-@pytest.mark.parametrize("scan_layers", [True, False], ids=["scanned", "unscanned"])
-@pytest.mark.parametrize("name", MODELS)
+UNROLLED = ("t5_1_1", "umt5", "gemma3", "modernbert")  # one of each way to share, repeat and leave over layers
+
+
+@pytest.mark.parametrize("name, scan_layers", [(n, True) for n in MODELS] + [(n, False) for n in UNROLLED])
 def test_outputs_equal_hugging_face(name, scan_layers):
     model, golden, valid = load(name, scan_layers=scan_layers)
     predicted = np.asarray(nnx.jit(outputs)(model, {k: v for k, v in golden.items() if v.dtype == np.int32}))

@@ -1,0 +1,273 @@
+"""The main job as a process of its own: killed, stopped, refused, resumed."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+STEPS = 24
+
+GIN = """
+include 'gin/mixtures/sample.gin'
+include 'gin/runs/pretrain.gin'
+MODEL = @EncoderDecoder
+VOCABULARY = @ByteVocabulary()
+prepare.vocabulary_size = None
+LENGTHS = {'inputs': 64, 'targets': 20}
+BATCH_SIZE = 8
+ModelConfig.vocab_size = 384
+ModelConfig.embed_dim = 32
+ModelConfig.mlp_dim = 64
+ModelConfig.num_heads = 2
+ModelConfig.head_dim = 16
+ModelConfig.num_encoder_layers = 1
+ModelConfig.num_decoder_layers = 1
+ModelConfig.dropout_rate = 0.1
+ModelConfig.dtype = 'float32'
+rsqrt.warmup_steps = 100
+Run.log_every = 1
+Run.eval_every = 6
+Run.eval_batches = 2
+Run.checkpoint_every = 3
+"""
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    """A folder with a gin file and a prepared cache."""
+    folder = tmp_path_factory.mktemp("loop")
+    lines = GIN + f"CACHE_DIR = '{folder / 'cache'}'\nTRAIN_STEPS = {STEPS}\n"
+    (folder / "run.gin").write_text(lines)
+    subprocess.run(
+        command("prepare", folder, "--gin.RUN_DIR='unused'"), check=True, env=environment(), capture_output=True
+    )
+    return folder
+
+
+def command(verb, folder, *flags):
+    return [sys.executable, "-m", f"t5x_domain.{verb}", f"--gin_file={folder / 'run.gin'}", *flags]
+
+
+def environment():
+    # One device, as a user has; the suite's eight virtual ones would only cost time.
+    return {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(REPOSITORY)}
+
+
+def start(folder, run_dir, *flags):
+    return subprocess.Popen(
+        command("train", folder, f"--run_dir={run_dir}", *flags),
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(folder, run_dir, *flags):
+    process = start(folder, run_dir, *flags)
+    out, err = process.communicate(timeout=180)
+    return process.returncode, out, err
+
+
+def lines(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()] if Path(path).exists() else []
+
+
+def logged(run_dir):
+    """All that is written of a run but how fast it went."""
+    metrics = [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines(run_dir / "metrics.jsonl")]
+    return metrics, lines(run_dir / "evaluations.jsonl")
+
+
+def arrays(run_dir):
+    """Every array of the last checkpoint, parameters and optimizer, as bytes by name."""
+    import jax
+    import orbax.checkpoint as ocp
+
+    last = run_dir / "checkpoints" / str(STEPS)
+    result = {}
+    for item in ("params", "rest"):
+        tree = ocp.PyTreeCheckpointer().restore(last / item)
+        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+            result[item + jax.tree_util.keystr(path)] = np.asarray(leaf).tobytes()
+    return result
+
+
+@pytest.fixture(scope="module")
+def undisturbed(workspace):
+    status, _, err = finish(workspace, workspace / "undisturbed")
+    assert status == 0, err
+    return workspace / "undisturbed"
+
+
+def wait_for(condition, process, seconds=120):
+    deadline = time.time() + seconds
+    while not condition() and process.poll() is None and time.time() < deadline:
+        time.sleep(0.002)
+
+
+def saving(run_dir):
+    folder = run_dir / "checkpoints"
+    return folder.is_dir() and any("tmp" in child.name for child in folder.iterdir())
+
+
+def test_killed_at_random_moments_ends_as_if_undisturbed(workspace, undisturbed):
+    """kill -9 three times while training and twice while a checkpoint is being written."""
+    run_dir, moments = workspace / "killed", random.Random(0)
+    killed_while_saving = 0
+    for attempt in range(5):
+        process = start(workspace, run_dir)
+        before = len(lines(run_dir / "metrics.jsonl"))
+        target = before + moments.randint(1, 4)
+        wait_for(lambda: len(whole_lines(run_dir)) >= target, process)  # noqa: B023
+        if attempt >= 3:
+            wait_for(lambda: saving(run_dir), process)
+        killed_while_saving += saving(run_dir)
+        process.kill()
+        process.communicate()
+    assert killed_while_saving >= 1
+    status, _, err = finish(workspace, run_dir)
+    assert status == 0, err
+    assert logged(run_dir) == logged(undisturbed)
+    assert arrays(run_dir) == arrays(undisturbed)
+
+
+def whole_lines(run_dir):
+    path = run_dir / "metrics.jsonl"
+    return path.read_bytes().splitlines() if path.exists() else []
+
+
+def test_every_step_is_logged_once_and_its_examples_are_seen_once(workspace, undisturbed):
+    assert [line["step"] for line in logged(undisturbed)[0]] == list(range(1, STEPS + 1))
+    from t5x_domain import cli
+
+    cli.load_gin([str(workspace / "run.gin")], ["RUN_DIR = 'unused'"])
+    from t5x_domain.training.feed import Feed
+    from t5x_domain.training.run import Run
+
+    run = cli.build(Run)
+    feed = Feed(run, run.mesh.build())
+    seen = [chunk for step in range(STEPS) for chunk in feed.batches.seen(step)]
+    assert len(seen) == len(set(seen)) == STEPS * run.batch_size
+    # No two chunks of a corpus overlap within an epoch.
+    for corpus in feed.corpora:
+        chunks = sorted((c.epoch, c.start_token, c.stop_token) for c in seen if c.corpus == corpus)
+        assert all(a[0] < b[0] or a[2] <= b[1] for a, b in zip(chunks, chunks[1:], strict=False))
+
+
+def test_sigterm_saves_and_exits_with_its_own_code(workspace, undisturbed):
+    run_dir = workspace / "stopped"
+    process = start(workspace, run_dir)
+    wait_for(lambda: len(whole_lines(run_dir)) >= 4, process)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err
+    steps = len(whole_lines(run_dir))
+    assert f"saving step {steps}" in out
+    assert (run_dir / "checkpoints" / str(steps)).is_dir()
+    assert finish(workspace, run_dir)[0] == 0
+    assert logged(run_dir) == logged(undisturbed)
+    assert arrays(run_dir) == arrays(undisturbed)
+
+
+def test_a_full_disk_ends_the_run_and_loses_nothing(workspace, undisturbed):
+    run_dir = workspace / "full"
+    process = start(workspace, run_dir)
+    wait_for(lambda: len(whole_lines(run_dir)) >= 4, process)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    saved = sorted(int(child.name) for child in (run_dir / "checkpoints").iterdir())
+    # No file may grow beyond 16 KiB: the embedding alone has 48.
+    limited = ["prlimit", "--fsize=16384", *command("train", workspace, f"--run_dir={run_dir}")]
+    result = subprocess.run(limited, env=environment(), capture_output=True, text=True, timeout=120)
+    assert result.returncode == 2, result.stderr
+    assert "could not be written" in result.stderr
+    assert f"newest complete checkpoint is of step {saved[-1]}" in result.stderr
+    status, _, err = finish(workspace, run_dir)
+    assert status == 0, err
+    assert logged(run_dir) == logged(undisturbed)
+    assert arrays(run_dir) == arrays(undisturbed)
+
+
+def test_a_finished_run_is_left_as_it_is(workspace, undisturbed):
+    before = logged(undisturbed)
+    status, out, _ = finish(workspace, undisturbed)
+    assert status == 0
+    assert f"from step {STEPS}" in out
+    assert logged(undisturbed) == before
+
+
+def test_what_a_run_leaves(undisturbed):
+    line = lines(undisturbed / "metrics.jsonl")[-1]
+    assert set(line) >= {"step", "loss", "accuracy", "tokens_per_second", "learning_rate", "grad_norm", "corpus_loss"}
+    assert set(line["corpus_loss"]) == {"biomedical", "general"}
+    summary = json.loads((undisturbed / "eval.json").read_text())
+    assert (summary["before"]["step"], summary["after"]["step"]) == (0, STEPS)
+    assert summary["after"]["biomedical"]["perplexity"] < summary["before"]["biomedical"]["perplexity"]
+    assert "ModelConfig.embed_dim = 32" in (undisturbed / "config.gin").read_text()
+    assert list((undisturbed / "tensorboard").iterdir())
+
+
+def test_init_from_takes_the_parameters_and_starts_at_step_0(workspace, undisturbed):
+    status, out, err = finish(
+        workspace, workspace / "continued", f"--init_from={undisturbed}", "--gin.TRAIN_STEPS=1", "--gin.rsqrt.base=0.0"
+    )
+    assert status == 0, err
+    assert "from step 0" in out
+    first = lines(workspace / "continued" / "evaluations.jsonl")[0]
+    assert first["step"] == 0
+    assert first["corpora"] == lines(undisturbed / "evaluations.jsonl")[-1]["corpora"]
+
+
+REFUSED = {
+    "other_configuration": (["--gin.ModelConfig.mlp_dim=96"], r"ModelConfig.mlp_dim was 64, is 96"),
+    "batch": (["--gin.BATCH_SIZE=9", "--gin.Run.accumulation_steps=2"], r"Run.batch_size = 9 does not divide"),
+    "mesh": (["--gin.MeshShape.tensor=2"], r"there are 1; set MeshShape"),
+    "unknown_name": (["--gin.Run.batch_sise=9"], r"batch_sise"),
+    "unknown_gin_file": (["--gin_file=gin/models/none.gin"], r"gin/models/none.gin"),
+    "vocabulary": (["--gin.ByteVocabulary.extra_ids=120"], r"vocabulary"),
+    "too_few_sentinels": (["--gin.SpanCorruption.mean_span_length=1.0", "--gin.ByteVocabulary.extra_ids=4"], r"sentinel|vocabulary"),
+    "small_embedding": (["--gin.ModelConfig.vocab_size=300"], r"ModelConfig.vocab_size = 300 is smaller"),
+    "no_cache": (["--gin.CACHE_DIR='/nowhere'"], r"/nowhere"),
+    "macro_not_set": (["--gin.Run.total_steps=%STEPS"], r"STEPS is not set; bind it in a --gin_file or with --gin.STEPS="),
+    "init_from": (["--init_from=/nowhere", "--run_dir=RUN"], r"no complete checkpoint"),
+    "freeze": (["--gin.Updates.freeze=('encodr',)"], r"'encodr' matches no parameter"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refusals_are_one_sentence_and_leave_the_run_alone(workspace, undisturbed, name, tmp_path, monkeypatch, capsys):
+    import re
+
+    from t5x_domain import train
+
+    flags, message = REFUSED[name]
+    before = logged(undisturbed)
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setattr("jax.devices", lambda *_: __import__("jax").local_devices()[:1])
+    run_dir = f"--run_dir={undisturbed}"
+    flags = [flag.replace("RUN", str(tmp_path)) for flag in flags]
+    with pytest.raises(SystemExit) as stopped:
+        train.main([f"--gin_file={workspace / 'run.gin'}", run_dir, *flags])
+    error = capsys.readouterr().err.strip()
+    assert stopped.value.code == 2
+    assert error.count("\n") == 0, error
+    assert re.search(message, error), error
+    assert logged(undisturbed) == before
+
+
+def test_a_run_that_only_meets_nan_ends_with_the_batch_kept(workspace):
+    run_dir = workspace / "nan"
+    status, _, err = finish(workspace, run_dir, "--gin.rsqrt.base=1e30", "--gin.Run.max_skipped_in_a_row=3")
+    assert status == 2
+    assert "were not finite" in err
+    (kept,) = run_dir.glob("nonfinite_batch_*.npz")
+    assert np.load(kept)["encoder_input_tokens"].shape == (8, 64)

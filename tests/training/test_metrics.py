@@ -1,0 +1,33 @@
+import json
+
+import pytest
+
+from t5x_domain.training.metrics import JsonLines, read_json_lines
+
+
+def write(path, *steps):
+    path.write_text("".join(json.dumps({"step": step}) + "\n" for step in steps))
+
+
+def test_steps_beyond_the_checkpoint_are_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    write(path, 1, 2, 3, 4)
+    lines = JsonLines(path, keep_until=2)
+    lines.write({"step": 3, "loss": 0.5})
+    lines.close()
+    assert read_json_lines(path) == [{"step": 1}, {"step": 2}, {"step": 3, "loss": 0.5}]
+
+
+@pytest.mark.parametrize("torn", ['{"step": 3', '{"step": 3}'])
+def test_a_line_without_its_end_was_never_written(tmp_path, torn):
+    path = tmp_path / "metrics.jsonl"
+    write(path, 1, 2)
+    path.write_text(path.read_text() + torn)
+    lines = JsonLines(path, keep_until=9)
+    lines.write({"step": 3, "again": True})
+    lines.close()
+    assert read_json_lines(path) == [{"step": 1}, {"step": 2}, {"step": 3, "again": True}]
+
+
+def test_no_file_is_no_lines(tmp_path):
+    assert read_json_lines(tmp_path / "none.jsonl") == []
