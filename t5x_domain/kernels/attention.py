@@ -92,9 +92,8 @@ def _logits(q, k, diagonal, index, intervals, *, scale, softcap):
 
 def _bias_chunk(diagonal, index, chunk, key_length):
     start, size = _diagonal_slice(diagonal, index, chunk, key_length)
-    bias = toeplitz(jax.lax.dynamic_slice_in_dim(diagonal, start, size, 1), chunk)
-    (bias,) = computed_once(bias)  # not again for each row of the batch
-    return bias
+    # Once, not again for each row of the batch.
+    return computed_once(toeplitz(jax.lax.dynamic_slice_in_dim(diagonal, start, size, 1), chunk))
 
 
 def _diagonal_slice(diagonal, index, chunk, key_length):
@@ -177,9 +176,8 @@ def _attention_bwd(chunk, scale, softcap, residuals, d_out):
         seen = (rows.stop > rows.start)[:, None, None, :, None]
         probabilities = jnp.where(seen, jnp.exp(logits - lse_chunk[..., None]), 0.0)
         dp = jnp.einsum("bkgcd,bksd->bkgcs", d_out_chunk, v, preferred_element_type=accumulator(q.dtype))
-        (ds,) = computed_once(
-            probabilities * (dp - delta_chunk[..., None]) * slope
-        )  # not again for each of dq, dk, bias
+        # Once, not again for each of the three gradients made of it.
+        ds = computed_once(probabilities * (dp - delta_chunk[..., None]) * slope)
         dv += jnp.einsum(
             "bkgcs,bkgcd->bksd", probabilities.astype(v.dtype), d_out_chunk, preferred_element_type=accumulator(q.dtype)
         )

@@ -22,7 +22,7 @@ def _forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Arra
 
 def _backward(residuals: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, kernel = residuals
-    x, dy = computed_once(x, dy)
+    x, dy = computed_once((x, dy))
     return jnp.einsum("bto,io->bti", dy, kernel), jnp.einsum("bti,bto->io", x, dy)
 
 

@@ -33,7 +33,7 @@ class LanguageModel(nnx.Module):
         return self.config.embed_dim**-0.5 if self.config.scale_logits else 1.0
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """[B, T, embed_dim] -> [B, T, vocab_size] float32. For losses use `kernels.cross_entropy`, which stores none."""
+        """[B, T, embed_dim] -> [B, T, vocab_size] float32. For losses use `kernels.cross_entropy`, which holds none."""
         kernel = self.embedding.output_kernel.astype(hidden.dtype)
         logits = self.logit_scale * jnp.einsum(
             "btd,vd->btv", hidden, kernel, preferred_element_type=accumulator(hidden.dtype)
