@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from t5x_domain.evaluation.fill import Filled
     from t5x_domain.training.run import Run
 
-_FILLED_PER_CORPUS = 3
+_FILLED_PER_CORPUS = 4
 
 
 def main(argv: Sequence[str] | None = None) -> None:

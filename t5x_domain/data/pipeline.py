@@ -12,7 +12,6 @@ import functools
 import json
 import pickle
 import re
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING

@@ -133,7 +133,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _explained(self, what: str) -> Iterator[None]:
-        """Turns a failed write into a sentence. What was complete before stays: Orbax renames a save only when whole."""
+        """Turns a failed write into a sentence. Complete checkpoints stay: Orbax renames one only when it is whole."""
         try:
             yield
         except Exception as error:  # Orbax and TensorStore raise many kinds, full disks among them
@@ -170,6 +170,7 @@ def find_params(path: str) -> epath.Path:
     )
 
 
+@gin.configurable(allowlist=["include", "strict"])
 def restore_params(
     path: str, target: Tree, *, include: Sequence[str] = (".*",), strict: bool = True
 ) -> tuple[dict[str, jax.Array], list[str]]:
@@ -203,8 +204,8 @@ def restore_params(
                 if chosen and strict:
                     raise UserError(
                         f"--init_from={path}: parameter {name} has shape {leaf.shape} in this model and "
-                        f"{shapes.get(name, 'is missing')} in the checkpoint; use the checkpoint's model configuration, "
-                        "or restore what fits with --gin.restore_params.strict=False."
+                        f"{shapes.get(name, 'is missing')} in the checkpoint; use its model configuration, or restore "
+                        "what fits with --gin.restore_params.strict=False."
                     )
         if not wanted:
             raise UserError(f"--init_from={path}: none of the checkpoint's parameters fit {list(include)}.")

@@ -114,7 +114,7 @@ def open_trained(run: Run) -> tuple[Feed, Blueprint, Any]:
     """
     mesh = run.mesh.build()
     blueprint = Blueprint(run.model, run.config, mesh)
-    found, _ = restore_params(run.run_dir, blueprint.abstract_params)
+    found, _ = restore_params(run.run_dir, blueprint.abstract_params, include=[".*"], strict=True)
     params = jax.tree_util.tree_map_with_path(lambda path, _: found[path_name(path)], blueprint.shapes)
     return Feed(run, mesh), blueprint, params
 
@@ -166,7 +166,8 @@ class Guard:
             np.savez(path, **self._feed.batches[step - 1])
             raise UserError(
                 f"the last {skipped} updates up to step {step} were not finite and were skipped; the batch of the last "
-                f"is in {path}. Lower the learning rate or set Updates.clip_global_norm, and go on from the last checkpoint."
+                f"is in {path}. Lower the learning rate or set Updates.clip_global_norm, "
+                "and go on from the last checkpoint."
             )
 
 

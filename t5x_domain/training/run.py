@@ -83,7 +83,8 @@ class Run:
         if self.config.vocab_size < self.vocabulary.vocab_size:
             raise UserError(
                 f"ModelConfig.vocab_size = {self.config.vocab_size} is smaller than the vocabulary's "
-                f"{self.vocabulary.vocab_size} ids; set --gin.ModelConfig.vocab_size={self.vocabulary.vocab_size} or more."
+                f"{self.vocabulary.vocab_size} ids; "
+                f"set --gin.ModelConfig.vocab_size={self.vocabulary.vocab_size} or more."
             )
 
     def identity(self) -> dict[str, Any]:

@@ -234,10 +234,13 @@ REFUSED = {
     "unknown_name": (["--gin.Run.batch_sise=9"], r"batch_sise"),
     "unknown_gin_file": (["--gin_file=gin/models/none.gin"], r"gin/models/none.gin"),
     "vocabulary": (["--gin.ByteVocabulary.extra_ids=120"], r"vocabulary"),
-    "too_few_sentinels": (["--gin.SpanCorruption.mean_span_length=1.0", "--gin.ByteVocabulary.extra_ids=4"], r"sentinel|vocabulary"),
+    "too_few_sentinels": (
+        ["--gin.SpanCorruption.mean_span_length=1.0", "--gin.LENGTHS={'inputs':900,'targets':600}"],
+        r"need \d+ sentinels but the vocabulary has 100; set ByteVocabulary.extra_ids",
+    ),
     "small_embedding": (["--gin.ModelConfig.vocab_size=300"], r"ModelConfig.vocab_size = 300 is smaller"),
     "no_cache": (["--gin.CACHE_DIR='/nowhere'"], r"/nowhere"),
-    "macro_not_set": (["--gin.Run.total_steps=%STEPS"], r"STEPS is not set; bind it in a --gin_file or with --gin.STEPS="),
+    "macro_not_set": (["--gin.Run.total_steps=%STEPS"], r"STEPS is not set; bind it in .* --gin.STEPS="),
     "init_from": (["--init_from=/nowhere", "--run_dir=RUN"], r"no complete checkpoint"),
     "freeze": (["--gin.Updates.freeze=('encodr',)"], r"'encodr' matches no parameter"),
 }  # fmt: skip

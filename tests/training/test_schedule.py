@@ -11,7 +11,10 @@ CASES = {
         schedule.cosine(1.0, total_steps=110, warmup_steps=10, final=0.1),
         {0: 0.0, 10: 1.0, 60: 0.55, 35: 0.1 + 0.9 * (1 + np.cos(np.pi / 4)) / 2, 110: 0.1, 200: 0.1},
     ),
-    "linear": (schedule.linear(1.0, total_steps=110, warmup_steps=10, final=0.2), {10: 1.0, 60: 0.6, 110: 0.2, 150: 0.2}),
+    "linear": (
+        schedule.linear(1.0, total_steps=110, warmup_steps=10, final=0.2),
+        {5: 0.5, 10: 1.0, 60: 0.6, 110: 0.2, 150: 0.2},
+    ),
     "warmup_stable_decay": (
         schedule.warmup_stable_decay(1.0, total_steps=100, warmup_steps=10, decay_steps=20),
         {5: 0.5, 10: 1.0, 79: 1.0, 80: 1.0, 90: 0.5, 100: 0.0},
