@@ -63,12 +63,15 @@ def load_gin(files: Sequence[str], bindings: Sequence[str], search_paths: Sequen
     Raises:
       UserError: a file is not found, does not parse, or names something that does not exist.
     """
+    import logging
+
+    import absl.logging
     import gin
-    from absl import logging
 
     from t5x_domain import configurables  # noqa: F401  so that every name a gin file may use is known
 
-    logging.set_verbosity(logging.ERROR)  # Orbax warns of what is of no concern to a user
+    absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax warns of what is of no concern to a user
+    logging.disable(logging.ERROR)  # gin calls every place in which it has looked in vain an error
     gin.clear_config()
     for path in [*search_paths, *gin_search_paths()]:
         gin.add_config_file_search_path(path)
@@ -84,6 +87,8 @@ def load_gin(files: Sequence[str], bindings: Sequence[str], search_paths: Sequen
             f"gin: {' '.join(str(error).split())} Check the name, and the value (text stands in quotes), in --gin_file "
             "or --gin.NAME=VALUE."
         ) from error
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def build(configurable: Callable[[], Any]) -> Any:

@@ -158,7 +158,7 @@ def find_params(path: str) -> epath.Path:
     Raises:
       UserError: there is no complete checkpoint.
     """
-    root = epath.Path(path)
+    root = epath.Path(path).resolve()  # Orbax finds nothing under a relative path
     for folder in (root, root / "checkpoints"):
         if (folder / "params").exists():
             return folder / "params"

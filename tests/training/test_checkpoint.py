@@ -99,10 +99,12 @@ def test_a_model_of_another_shape_is_refused_or_reported(tmp_path, plan, state):
     assert "encoder/norm/scale" in found
 
 
-def test_where_parameters_are_found(tmp_path, state):
+def test_where_parameters_are_found(tmp_path, state, monkeypatch, plan):
     save_all(tmp_path / "run" / "checkpoints", state, None, {1: None, 12: None})
     last = tmp_path / "run" / "checkpoints" / "12" / "params"
     for path in (tmp_path / "run", tmp_path / "run" / "checkpoints", tmp_path / "run" / "checkpoints" / "12"):
         assert str(find_params(str(path))) == str(last)
     with pytest.raises(UserError, match="no complete checkpoint"):
         find_params(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert restore_params("run", plan.abstract_params)[1] == []  # a relative path
