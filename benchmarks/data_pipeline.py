@@ -14,12 +14,9 @@ Every figure comes from a process of its own; the pipelines that are compared ta
 
 import argparse
 import concurrent.futures
-import datetime
-import importlib.metadata
 import json
 import multiprocessing
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -27,6 +24,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from common import environment
 
 from t5x_domain.data.cache import TokenCache
 from t5x_domain.data.loader import Batches, iterate
@@ -168,18 +166,6 @@ def run(setting, rounds):
     }
 
 
-def environment():
-    cpu = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "")
-    packages = ("numpy", "grain", "array_record", "seqio", "tensorflow")
-    return {
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-        "cpu": cpu.partition(":")[2].strip() or platform.processor(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        **{package: importlib.metadata.version(package) for package in packages},
-    }
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sample = [str(ROOT / "data/sample" / f"{name}.jsonl.gz") for name in ("biomedical", "general")]
@@ -204,7 +190,8 @@ def main():
             for split in open_splits(setting)
         }
         results = run(setting, flags.rounds)
-    report = {"environment": environment(), "corpora": corpora, "batch_size": BATCH_SIZE, "lengths": LENGTHS, **results}
+    versions = environment("numpy", "grain", "array_record", "seqio", "tensorflow")
+    report = {"environment": versions, "corpora": corpora, "batch_size": BATCH_SIZE, "lengths": LENGTHS, **results}
     Path(flags.output).parent.mkdir(parents=True, exist_ok=True)
     Path(flags.output).write_text(json.dumps(report, indent=1) + "\n")
     print_report(report)

@@ -236,7 +236,7 @@ REFUSED = {
     "vocabulary": (["--gin.ByteVocabulary.extra_ids=120"], r"vocabulary"),
     "too_few_sentinels": (
         ["--gin.SpanCorruption.mean_span_length=1.0", "--gin.LENGTHS={'inputs':900,'targets':600}"],
-        r"need \d+ sentinels but the vocabulary has 100; set ByteVocabulary.extra_ids",
+        r"need \d+ sentinels but the vocabulary has only 100; set ByteVocabulary.extra_ids",
     ),
     "small_embedding": (["--gin.ModelConfig.vocab_size=300"], r"ModelConfig.vocab_size = 300 is smaller"),
     "no_cache": (["--gin.CACHE_DIR='/nowhere'"], r"/nowhere"),
