@@ -68,7 +68,7 @@ def _print_summary(run_dir: Path) -> None:
         if corpus != "step":
             print(
                 f"   {corpus:12} {before[corpus]['perplexity']:8,.1f} -> {after[corpus]['perplexity']:.1f}   "
-                f"({after[corpus]['accuracy']:.0%} of the missing pieces guessed right)"
+                f"({after[corpus]['accuracy']:.0%} of the targets guessed right)"
             )
     print(f"\nOpen {run_dir / 'report.html'}.")
     print(
