@@ -20,7 +20,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from common import RESULTS, environment, train_step_flops
 
 from t5x_domain import cli
@@ -156,13 +155,14 @@ def main():
             figures["compile_24_over_4"] = compile_seconds(24) / compile_seconds(4)
             rounds.append(figures)
             print({name: float(f"{value:.4g}") for name, value in figures.items()}, flush=True)
+    for figures in rounds:
+        figures["trainer_tokens_per_second"] = TOKENS / figures["trainer_seconds"]
     median = {name: statistics.median(figures[name] for figures in rounds) for name in rounds[0]}
-    median["bare_tokens_per_second"] = TOKENS / median["bare_seconds"]
     report = {"environment": environment("jax", "flax", "optax"), "flops": flops, "median": median, "rounds": rounds}
     flags.output.write_text(json.dumps(report, indent=1) + "\n")
     print("\n" + ", ".join(f"{name} {value}" for name, value in report["environment"].items()))
     for name, value in median.items():
-        spread = [figures.get(name, np.nan) for figures in rounds]
+        spread = [figures[name] for figures in rounds]
         print(f"{name:28} {value:14.4g}   ({min(spread):.4g} … {max(spread):.4g})")
 
 

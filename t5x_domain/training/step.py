@@ -66,19 +66,15 @@ def make_train_step(
         weight = jnp.maximum(sums["weight"], 1.0)
         grads = jax.tree.map(lambda g: g / weight, grads)
         grad_norm = optax.tree.norm(grads)
+        updates, opt_state = transform.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
         finite = jnp.isfinite(grad_norm) & jnp.isfinite(sums["loss"])
-
-        def updated() -> tuple[Any, Any]:
-            updates, opt_state = transform.update(grads, state.opt_state, state.params)
-            return optax.apply_updates(state.params, updates), opt_state
-
-        # A branch, not a selection afterwards, which would hold old and new parameters at once.
-        params, opt_state = jax.lax.cond(finite, updated, lambda: (state.params, state.opt_state))
+        keep = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
         skipped = (~finite).astype(jnp.int32)
         new = TrainState(
             step=state.step + 1,
-            params=params,
-            opt_state=opt_state,
+            params=jax.tree.map(keep, params, state.params),
+            opt_state=jax.tree.map(keep, opt_state, state.opt_state),
             skipped=state.skipped + skipped,
             skipped_in_a_row=(state.skipped_in_a_row + 1) * skipped,
         )
