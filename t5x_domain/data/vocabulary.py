@@ -49,6 +49,23 @@ class _SentinelIds:
             )
         return self.vocab_size - 1 - k
 
+    def special_id(self, token: str) -> int:
+        """Id of a token that no text is encoded as, e.g. a mode token.
+
+        Raises:
+          UserError: the vocabulary was not trained with it.
+        """
+        found = self._special_id(token)
+        if found is None:
+            raise UserError(
+                f"mode token missing in the vocabulary: {self.description} has no id of its own for '{token}'; train a "
+                "vocabulary whose mixture uses it with `prepare`, or write mode tokens as text (mode_form='text')."
+            )
+        return found
+
+    def _special_id(self, token: str) -> int | None:
+        return None
+
 
 @gin.configurable
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +133,10 @@ class Vocabulary(_SentinelIds):
             "extra_ids": self.extra_ids,
         }
 
+    def _special_id(self, token: str) -> int | None:
+        found = self._processor.piece_to_id(token)
+        return found if self._processor.is_control(found) and found not in (PAD_ID, EOS_ID) else None
+
     def encode(self, text: str) -> np.ndarray:
         """Token ids, int32 [n], without EOS."""
         return np.array(self._processor.encode(text), np.int32)
@@ -177,6 +198,7 @@ def train_sentencepiece(
     model_file: str,
     vocab_size: int,
     *,
+    special_tokens: Sequence[str] = (),
     normalization: str = "nmt_nfkc",
     max_lines: int = 2_000_000,
 ) -> None:
@@ -188,6 +210,7 @@ def train_sentencepiece(
       documents: texts; each line of a text is a training sentence.
       model_file: where to write the `.model` file.
       vocab_size: number of pieces, special ids and the 256 byte pieces included, sentinels not included.
+      special_tokens: tokens with an id of their own that no text is encoded as, e.g. mode tokens.
       normalization: SentencePiece rule; "identity" keeps the text as it is, line ends included.
       max_lines: lines sampled evenly from all documents to learn from; bounds the memory.
 
@@ -215,6 +238,7 @@ def train_sentencepiece(
             eos_id=EOS_ID,
             unk_id=UNK_ID,
             bos_id=-1,
+            control_symbols=list(special_tokens),
             input_sentence_size=max_lines,
             num_threads=1,
             minloglevel=2,

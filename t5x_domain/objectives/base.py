@@ -27,7 +27,20 @@ class Objective(abc.ABC):
 
     @abc.abstractmethod
     def lengths(self, num_raw: int) -> tuple[int, int]:
-        """Longest (inputs, targets) that `num_raw` raw tokens give; exact for objectives without a random split."""
+        """Longest (inputs, targets) that `num_raw` raw tokens give; exact unless `random_lengths`."""
+
+    @property
+    def random_lengths(self) -> bool:
+        """Whether lengths depend on the random generator, not on the number of raw tokens alone."""
+        return False
+
+    def drawn_lengths(self, num_raw: int, rng: np.random.Generator) -> tuple[int, int]:
+        """(inputs, targets) of the example that `num_raw` raw tokens and a generator in this state give."""
+        return self.lengths(num_raw)
+
+    def mean_lengths(self, num_raw: int) -> tuple[float, float]:
+        """Expected (inputs, targets) of `num_raw` raw tokens."""
+        return self.lengths(num_raw)
 
     @abc.abstractmethod
     def raw_length(self, lengths: Mapping[str, int]) -> int:

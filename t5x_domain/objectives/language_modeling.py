@@ -44,6 +44,22 @@ class PrefixLM(Objective):
         suffix = self._suffix(num_raw)
         return num_raw - suffix + 1, suffix + 1
 
+    @property
+    def random_lengths(self) -> bool:
+        return self.split == "uniform"
+
+    def drawn_lengths(self, num_raw: int, rng: np.random.Generator) -> tuple[int, int]:
+        cut = self._cut(num_raw, rng)
+        return cut + 1, num_raw - cut + 1
+
+    def mean_lengths(self, num_raw: int) -> tuple[float, float]:
+        return (num_raw / 2 + 1, num_raw / 2 + 1) if self.split == "uniform" else self.lengths(num_raw)
+
+    def _cut(self, num_raw: int, rng: np.random.Generator) -> int:
+        if num_raw < 2:
+            return 0
+        return int(rng.integers(1, num_raw)) if self.split == "uniform" else num_raw - self._suffix(num_raw)
+
     def joined_length(self, num_raw: int) -> int:
         return num_raw + 2
 
@@ -61,12 +77,7 @@ class PrefixLM(Objective):
             num_raw += 1
 
     def __call__(self, tokens: np.ndarray, rng: np.random.Generator, vocabulary: Vocabulary) -> dict[str, np.ndarray]:
-        if len(tokens) < 2:
-            cut = 0
-        elif self.split == "uniform":
-            cut = rng.integers(1, len(tokens))
-        else:
-            cut = len(tokens) - self._suffix(len(tokens))
+        cut = self._cut(len(tokens), rng)
         return {
             "inputs": _closed(tokens[:cut], vocabulary.eos_id),
             "targets": _closed(tokens[cut:], vocabulary.eos_id),

@@ -18,7 +18,7 @@ def language_model_loss(
     batch: Batch,
     rng: jax.Array | None,
     *,
-    num_corpora: int,
+    num_components: int,
     z_loss: float = 0.0,
     label_smoothing: float = 0.0,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -26,14 +26,15 @@ def language_model_loss(
 
     Args:
       model: an assembly of `models`; it is called with the features it names in `inputs`.
-      batch: features [B, T]; `decoder_loss_weights` are 0 where a target does not count, `corpus_ids` name the corpus.
+      batch: features [B, T]; `decoder_loss_weights` are 0 where a target does not count, `component_ids` name the
+        component.
       rng: key for dropout; None in evaluation.
-      num_corpora: length of the per-corpus sums.
+      num_components: length of the per-component sums.
       z_loss, label_smoothing: see `kernels.cross_entropy`.
 
     Returns:
       The sum to differentiate (float32 scalar), and sums to report: `weight` (number of targets), `nll` (nats),
-      `correct`, and `corpus_nll`, `corpus_weight` of shape [num_corpora].
+      `correct`, and `component_nll`, `component_weight` of shape [num_components].
     """
     features = {name: batch[name] for name in model.inputs if name in batch}
     hidden = model(**features, rng=rng)
@@ -49,11 +50,11 @@ def language_model_loss(
         softcap=model.config.final_logit_softcap,
     )
     nll = scores.nll * weights
-    corpus = jax.nn.one_hot(batch["corpus_ids"], num_corpora, dtype=jnp.float32)
+    component = jax.nn.one_hot(batch["component_ids"], num_components, dtype=jnp.float32)
     return loss, {
         "weight": weights.sum(),
         "nll": nll.sum(),
         "correct": (scores.correct * weights).sum(),
-        "corpus_nll": jnp.einsum("bt,btc->c", nll, corpus),
-        "corpus_weight": jnp.einsum("bt,btc->c", weights, corpus),
+        "component_nll": jnp.einsum("bt,btc->c", nll, component),
+        "component_weight": jnp.einsum("bt,btc->c", weights, component),
     }

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from t5x_domain.data.vocabulary import ByteVocabulary, Vocabulary, train_sentencepiece
@@ -74,6 +74,63 @@ def test_identity_normalization_keeps_the_text(tmp_path):
     assert Vocabulary(path).decode(Vocabulary(path).encode(text)) == text
 
 
+MODES = ["[R]", "[X]", "[S]"]
+TEXTS_WITH_MODES = [*TEXTS, "[ R ] [ X ] [ S ] [R] [X] [S] " * 20]
+PIECES_WITH_MODES = 290
+
+
+@pytest.fixture(scope="module")
+def with_modes(tmp_path_factory):
+    path = str(tmp_path_factory.mktemp("modes") / "modes.model")
+    train_sentencepiece(TEXTS_WITH_MODES, path, PIECES_WITH_MODES, special_tokens=MODES)
+    return path
+
+
+def test_special_tokens_have_ids_of_their_own(with_modes):
+    """They count among the pieces, behind pad, end and unknown; sentinels stay on top."""
+    vocabulary = Vocabulary(with_modes, extra_ids=7)
+    assert [vocabulary.special_id(token) for token in MODES] == [3, 4, 5]
+    assert vocabulary.vocab_size == PIECES_WITH_MODES + 7
+    assert [vocabulary.sentinel_id(k) for k in (0, 6)] == [PIECES_WITH_MODES + 6, PIECES_WITH_MODES]
+    assert vocabulary.decode([vocabulary.sentinel_id(0)]) == "<extra_id_0>"
+    clone = pickle.loads(pickle.dumps(vocabulary))
+    assert [clone.special_id(token) for token in MODES] == [3, 4, 5]
+    assert [Vocabulary(with_modes, extra_ids=0).special_id(token) for token in MODES] == [3, 4, 5]
+
+
+@pytest.mark.parametrize("text", [*MODES, "[R]heart", "heart [X] liver", "▁[S]", "[R][X][S]", "[R] <extra_id_0> [S]"])
+def test_no_text_is_encoded_as_a_special_token(with_modes, text):
+    """Nor are the learnt pieces made of them: the training text has the tokens' letters often."""
+    vocabulary = Vocabulary(with_modes, extra_ids=7)
+    ids = vocabulary.encode(text)
+    assert not set(ids.tolist()) & {0, 1, 2, 3, 4, 5}
+    assert vocabulary.decode(ids) == text.replace("▁", "").strip()
+    assert ids.tolist() == vocabulary.as_seqio().encode(text)
+
+
+def test_special_tokens_change_the_vocabulary(with_modes, tmp_path):
+    train_sentencepiece(TEXTS_WITH_MODES, str(tmp_path / "without.model"), PIECES_WITH_MODES)
+    without = Vocabulary(str(tmp_path / "without.model"), extra_ids=7)
+    vocabulary = Vocabulary(with_modes, extra_ids=7)
+    assert vocabulary.fingerprint != without.fingerprint
+    assert without.vocab_size == vocabulary.vocab_size
+    text = "heart disease of the kidneys"
+    assert vocabulary.decode([3, *vocabulary.encode(text), 1]) == without.decode(without.encode(text)) == text
+
+
+def test_missing_special_token(model_file, with_modes):
+    message = (
+        r"mode token missing in the vocabulary: .* no id of its own for '\[R\]'; train a .*`prepare`.*mode_form='text'"
+    )
+    for vocabulary in (Vocabulary(model_file, 7), ByteVocabulary(7)):
+        with pytest.raises(UserError, match=message):
+            vocabulary.special_id("[R]")
+    # Pieces of text, sentinels and T5's own ids are no mode tokens.
+    for token in ("▁of", "a", "▁<extra_id_0>", "<pad>", "</s>", "<unk>", "<0x41>", "[r]", ""):
+        with pytest.raises(UserError, match="mode token missing"):
+            Vocabulary(with_modes, 7).special_id(token)
+
+
 def test_impossible_sizes_name_the_possible_one(tmp_path):
     path = tmp_path / "words.model"
     with pytest.raises(UserError, match=r"vocabulary_size=5000 is too large .* at most (\d+) pieces") as error:
@@ -137,6 +194,7 @@ def test_bytes():
     assert vocabulary.decode([100, vocabulary.sentinel_id(1), 100, 1, 0]) == "a<extra_id_1>a"
 
 
+@settings(deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs"])))
 def test_bytes_keep_every_text(text):
     vocabulary = ByteVocabulary()

@@ -31,6 +31,10 @@ def test_inputs_and_targets_are_the_text(objective, num_tokens, seed):
     longest = objective.lengths(num_tokens)
     assert len(features["inputs"]) <= longest[0] and len(features["targets"]) <= longest[1]
     assert len(features["inputs"]) + len(features["targets"]) == objective.joined_length(num_tokens)
+    drawn = objective.drawn_lengths(num_tokens, np.random.default_rng(seed))
+    assert drawn == (len(features["inputs"]), len(features["targets"])), "what first fit plans with"
+    if not objective.random_lengths:
+        assert drawn == longest == objective.mean_lengths(num_tokens)
 
 
 def test_uniform_split():
@@ -40,6 +44,37 @@ def test_uniform_split():
     counts = np.bincount(lengths, minlength=11)
     assert counts[0] == 0 and len(counts) == 11
     assert (abs(counts[1:] - 400) < 4.5 * 19).all()
+
+
+@pytest.mark.parametrize("num_tokens", [2, 3, 11, 500])
+def test_mean_lengths_of_a_uniform_split(num_tokens):
+    """The cut is uniform on 1 … n - 1: mean n / 2, variance ((n - 1)^2 - 1) / 12; six standard errors of 4,000 draws.
+    Both sides have an EOS."""
+    rng = np.random.default_rng(0)
+    drawn = np.array([PrefixLM().drawn_lengths(num_tokens, rng) for _ in range(4000)])
+    assert PrefixLM().random_lengths
+    assert PrefixLM().mean_lengths(num_tokens) == (num_tokens / 2 + 1, num_tokens / 2 + 1)
+    error = (((num_tokens - 1) ** 2 - 1) / 12 / 4000) ** 0.5
+    assert (abs(drawn.mean(0) - (num_tokens / 2 + 1)) <= 6 * error).all()
+    assert (drawn.sum(1) == num_tokens + 2).all()
+    assert drawn.max(0).tolist() == list(PrefixLM().lengths(num_tokens)) == [num_tokens, num_tokens]
+    assert drawn.min() == 2
+
+
+def test_single_token():
+    """One token cannot be cut: it is predicted from nothing."""
+    for objective in (PrefixLM(), PrefixLM(split="suffix")):
+        _, features = example(objective, 1)
+        assert features["inputs"].tolist() == [EOS]
+        assert features["targets"].tolist() == [2, EOS]
+        assert objective.lengths(1) == objective.drawn_lengths(1, np.random.default_rng(0)) == (1, 2)
+
+
+def test_token_zero_is_text():
+    for objective in (PrefixLM(), PrefixLM(split="suffix"), CausalLM()):
+        features = objective(np.zeros(20, np.int32), np.random.default_rng(0), VOCABULARY)
+        joined = np.concatenate([features["inputs"][:-1], features["targets"][:-1]])
+        assert joined.tolist() == [0] * 20
 
 
 def test_suffix_is_the_last_quarter():
