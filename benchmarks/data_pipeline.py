@@ -27,6 +27,7 @@ import numpy as np
 from common import environment
 
 from t5x_domain.data.cache import TokenCache
+from t5x_domain.data.curriculum import Phase
 from t5x_domain.data.loader import Batches, iterate
 from t5x_domain.data.packing import EncoderDecoder
 from t5x_domain.data.preparation import prepare
@@ -184,7 +185,7 @@ def main():
             "t5_path": flags.t5_path,
             "seconds": flags.seconds,
         }
-        prepare(setting["mixture"], setting["vocabulary"], cache_dir, vocabulary_size=flags.vocabulary_size)
+        prepare([Phase(setting["mixture"])], setting["vocabulary"], cache_dir, vocabulary_size=flags.vocabulary_size)
         corpora = {
             split.corpus: {"documents": split.num_documents, "tokens": split.num_tokens}
             for split in open_splits(setting)

@@ -117,9 +117,9 @@ def compile_seconds(layers):
     config = ModelConfig(vocab_size=512, embed_dim=256, mlp_dim=512, dtype="float32", **depth)
     plan = Blueprint(EncoderDecoder, config, MeshShape().build())
     transform = Updates(Adafactor(), constant(0.1)).build(plan.axes)
-    step = make_train_step(plan, functools.partial(language_model_loss, num_corpora=1), transform, seed=0)
+    step = make_train_step(plan, functools.partial(language_model_loss, num_components=1), transform, seed=0)
     tokens = jax.ShapeDtypeStruct((2, 64), jnp.int32)
-    names = [*EncoderDecoder.inputs, "decoder_target_tokens", "corpus_ids"]
+    names = [*EncoderDecoder.inputs, "decoder_target_tokens", "component_ids"]
     batch = {name: tokens for name in names} | {"decoder_loss_weights": jax.ShapeDtypeStruct((2, 64), jnp.float32)}
     began = time.perf_counter()
     step.lower(plan.abstract_state(transform), batch).compile()

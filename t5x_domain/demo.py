@@ -53,12 +53,17 @@ def _fill(run: "Run") -> list["Filled"]:
 
     feed, blueprint, params = open_trained(run)
     rng = np.random.default_rng(run.seed)
-    examples = [
-        component.objective(tokens, rng, run.vocabulary)
-        for component in run.mixture.components
-        for tokens in feed.held_out_documents(component.corpus, 24, 64, _FILLED_PER_CORPUS)
-    ]
-    return fill_spans(blueprint, params, examples, run.vocabulary, max_targets=run.lengths["targets"])
+    filled = []
+    for component in feed.eval_components:
+        if not component.objective.sentinels_needed(64):  # it leaves no blanks
+            continue
+        examples = [
+            component.objective(tokens, rng, run.vocabulary)
+            for tokens in feed.held_out_documents(component.corpus, 24, 64, _FILLED_PER_CORPUS)
+        ]
+        most = run.lengths["targets"]
+        filled += fill_spans(blueprint, params, examples, run.vocabulary, max_targets=most, component=component)
+    return filled
 
 
 def _print_summary(run_dir: Path) -> None:

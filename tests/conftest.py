@@ -1,6 +1,9 @@
 """Eight CPU devices, so that every test of sharding runs anywhere. Set before jax is imported."""
 
 import os
+import sys
+
+import pytest
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = " ".join(
@@ -10,3 +13,11 @@ os.environ["XLA_FLAGS"] = " ".join(
         "--xla_backend_optimization_level=0",  # tests compile much and compute little
     ]
 )
+
+
+@pytest.fixture(autouse=True)
+def _no_bindings_left_behind():
+    """What one test binds in gin must not reach the next."""
+    yield
+    if "gin" in sys.modules:
+        sys.modules["gin"].clear_config()

@@ -45,8 +45,8 @@ def succeeds(capsys, arguments):
 def test_prepares_keeps_and_overwrites(small, capsys):
     out = succeeds(capsys, small)
     assert "cache/sample/biomedical: written\n  train                 20 documents" in out
-    vocabulary = Vocabulary("cache/sample/vocabulary.model")
-    assert vocabulary.vocab_size == 285 + 100
+    vocabulary = Vocabulary("cache/sample/vocabulary.model", extra_ids=256)
+    assert vocabulary.vocab_size == 285 + 256
     cache = TokenCache.open("cache/sample", "general", vocabulary_fingerprint=vocabulary.fingerprint, version=1)
     documents = cache.split("validation").documents(0, 20)
     assert sorted(map(vocabulary.decode, documents)) == sorted(f"nation {i} of the nations." for i in range(1, 60, 3))
@@ -108,7 +108,7 @@ def test_shipped_sample():
     from t5x_domain.data import preparation  # noqa: F401  registers `prepare`
 
     cli.load_gin([SAMPLE], [])
-    mixture = gin.query_parameter("prepare.mixture").scoped_configurable_fn()
+    mixture = gin.query_parameter("Phase.mixture").scoped_configurable_fn()
     counts = {}
     for corpus in mixture.corpora:
         for split in corpus.source.splits:

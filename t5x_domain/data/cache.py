@@ -21,7 +21,7 @@ import os
 import shutil
 import struct
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -203,6 +203,7 @@ class CachedSplit:
         self.num_bytes: int = entry["bytes"]
         self._arguments = (folder, manifest, split)
         self._folder = folder
+        self._metadata_fields = entry["metadata_fields"]
         self._shards = entry["shards"]
         self._first_documents = [0, *itertools.accumulate(shard["documents"] for shard in self._shards)]
         self._dtype = np.dtype(manifest["token_dtype"])
@@ -217,6 +218,23 @@ class CachedSplit:
         """int64 [num_documents + 1]: tokens before each document in stored order; EOS is not stored nor counted."""
         lengths = [np.load(self._folder / shard["lengths_file"]) for shard in self._shards]
         return np.concatenate([np.zeros(1, np.int64), np.cumsum(np.concatenate(lengths), dtype=np.int64)])
+
+    @property
+    def metadata_fields(self) -> set[str]:
+        """Names of the fields that some document has."""
+        return set(self._metadata_fields)
+
+    def derived(self, name: str, make: Callable[[], np.ndarray]) -> np.ndarray:
+        """An array that is made from the split once and then kept beside it, under a name that says what it is."""
+        path = self._folder / f"{self.split}-{name}.npy"
+        if path.exists():
+            return np.load(path)
+        array = make()
+        partial = path.with_name(f".{path.stem}.partial-{os.getpid()}.npy")
+        with contextlib.suppress(PermissionError):  # A cache that may only be read works too, only more slowly.
+            np.save(partial, array)
+            partial.replace(path)
+        return array
 
     def documents(self, start: int, stop: int) -> list[np.ndarray]:
         """Tokens of documents [start, stop), each int32 [n]. Raises IndexError outside the split."""

@@ -7,6 +7,7 @@ resumed run goes on bit for bit, at any step, and on another number of hosts.
 import dataclasses
 import functools
 import sys
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -16,18 +17,19 @@ import numpy as np
 from absl import flags
 
 from t5x_domain.data.cache import CachedSplit
-from t5x_domain.data.first_fit import FirstFit, Line
-from t5x_domain.data.packing import Batch, Example, Layout
+from t5x_domain.data.examples import ExampleMaker, TokenLine
+from t5x_domain.data.first_fit import FirstFit, Window
+from t5x_domain.data.packing import Batch, Layout
 from t5x_domain.data.sampling import ConcatAndSplit, ExampleRandom, Piece, Sampler
-from t5x_domain.data.tasks import Component, Mixture
+from t5x_domain.data.tasks import Mixture
 from t5x_domain.data.vocabulary import Vocabulary
 from t5x_domain.errors import UserError
 
 
 class Seen(NamedTuple):
-    """Tokens [start_token, stop_token) of a corpus, in stored order, that a step saw in its n-th epoch (from 0)."""
+    """Tokens [start_token, stop_token) of a component's corpus, in stored order, that a step saw in the n-th epoch."""
 
-    corpus: str
+    component: str
     epoch: int
     start_token: int
     stop_token: int
@@ -45,55 +47,30 @@ class PackingStats:
     dropped_share: float  # of raw tokens
 
 
-class _TokenLine:
-    """The documents of a split as one line of token ids, with an EOS after each if asked."""
-
-    def __init__(self, split: CachedSplit, separator: int | None):
-        self._split = split
-        self._separator = separator
-        self.offsets = split.offsets
-        if separator is not None:
-            self.offsets = split.offsets + np.arange(len(split.offsets))
-
-    @property
-    def num_tokens(self) -> int:
-        return int(self.offsets[-1])
-
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens [start, stop), int32."""
-        first = int(np.searchsorted(self.offsets, start, side="right")) - 1
-        documents = self._split.documents(first, int(np.searchsorted(self.offsets, stop, side="left")))
-        if self._separator is not None:
-            end = np.array([self._separator], np.int32)
-            documents = [part for document in documents for part in (document, end)]
-        begin = int(self.offsets[first])
-        return np.concatenate(documents)[start - begin : stop - begin]
-
-    def stored(self, position: int) -> int:
-        """Tokens of the split before a position, separators not counted."""
-        if self._separator is None:
-            return position
-        document = int(np.searchsorted(self.offsets, position, side="right")) - 1
-        return min(position - document, int(self._split.offsets[min(document + 1, len(self.offsets) - 1)]))
-
-
-@gin.configurable(denylist=["splits", "mixture", "vocabulary", "host", "num_hosts", "epochs"])
+@gin.configurable(
+    denylist=["splits", "mixture", "vocabulary", "host", "num_hosts", "epochs", "component_names", "subset"]
+)
 class Batches:
     """This host's rows of every global batch, by step.
 
     Args:
-      splits: the cached split of every corpus in the mixture; `corpus_ids` in a batch are indices into it.
-      mixture: components whose rates are shares of rows.
-      vocabulary: gives EOS and sentinels.
+      splits: the cached split of every corpus in the mixture.
+      mixture: components whose rates are shares of rows ('concat_and_split') or of the text ('first_fit').
+      vocabulary: gives EOS, sentinels and mode tokens.
       lengths: {'inputs': …, 'targets': …}, the sequence lengths.
       layout: how examples become features.
       batch_size: rows of a global batch; host h of H has rows [h B/H, (h + 1) B/H) of it.
       seed: non-negative.
-      packing: 'concat_and_split' (one full row of running text an example) or 'first_fit' (several documents a row).
+      packing: 'concat_and_split' (one full row of running text an example; every component walks through its corpus on
+        its own) or 'first_fit' (several documents a row; the components of a corpus share it out among them).
       separator: close every document with EOS; for 'concat_and_split' only, T5 did without.
       rows_per_window, fill: of `FirstFit`; a larger `fill` leaves less padding but drops text when nothing fits.
       epochs: passes over the corpus, for a mixture of one component; None goes on for ever. The last batch is padded
         with zero rows.
+      component_names: all components of the run; `component_ids` in a batch are indices into it. By default this
+        mixture's.
+      subset: {corpus: documents (an integer) or share of them (a fraction)}, the first ones of the stored order, which
+        is a random one.
 
     Raises:
       UserError: settings that do not go together, or an objective that overruns lengths or vocabulary.
@@ -116,6 +93,8 @@ class Batches:
         host: int = 0,
         num_hosts: int = 1,
         epochs: int | None = None,
+        component_names: Sequence[str] | None = None,
+        subset: Mapping[str, float] | None = None,
     ):
         _check_rows(batch_size, num_hosts, rows_per_window, fill, seed)
         if epochs is not None and len(mixture.components) > 1:
@@ -124,39 +103,55 @@ class Batches:
             raise UserError(f"packing={packing!r} is not one of concat_and_split, first_fit.")
         if separator and packing == "first_fit":
             raise UserError("separator=True is for packing='concat_and_split'; first_fit does not join documents.")
-        self.corpora = tuple(split.corpus for split in splits)
-        self._vocabulary = vocabulary
-        self._lengths = dict(lengths)
-        self._layout = layout
-        self._seed = seed
+        if packing != "first_fit" and any(component.metadata for component in mixture.components):
+            raise UserError("metadata belong to whole documents: set Run.packing='first_fit'.")
+        self._layout, self._lengths, self._seed = layout, dict(lengths), seed
         self._batch_size = batch_size
         self._host_rows = (host * batch_size // num_hosts, (host + 1) * batch_size // num_hosts)
-        self._objectives = [component.objective for component in mixture.components]
-        self._corpus_ids = [self._corpus_id(component) for component in mixture.components]
-        for objective in self._objectives:
-            layout.check(objective, lengths, vocabulary)
+        names = list(component_names or (component.name for component in mixture.components))
+        self._ids = [names.index(component.name) for component in mixture.components]
+        self._check_inputs(mixture)
+        by_name = {split.corpus: split for split in splits}
         eos = vocabulary.eos_id if separator else None
-        self._lines = [_TokenLine(splits[corpus], eos) for corpus in self._corpus_ids]
+        lines, keys = {}, {}
+        for corpus in dict.fromkeys(component.corpus.name for component in mixture.components):
+            if corpus not in by_name:
+                raise UserError(f"corpus {corpus} has no cached split here, only {', '.join(by_name)}.")
+            documents = _num_documents(by_name[corpus], (subset or {}).get(corpus))
+            lines[corpus] = TokenLine(by_name[corpus], documents, eos)
+            keys[corpus] = (zlib.crc32(corpus.encode()), documents)
+        self._makers = [
+            ExampleMaker(component, number, lines[component.corpus.name], vocabulary, layout, self._lengths, seed)
+            for component, number in zip(mixture.components, self._ids, strict=True)
+        ]
+        keys = [keys[component.corpus.name] for component in mixture.components]
         rates = [component.rate for component in mixture.components]
         if packing == "first_fit":
-            self._sampler: Sampler = self._first_fit(rates, rows_per_window, fill, epochs)
+            self._sampler: Sampler = FirstFit(
+                [(maker.source(key), maker.shape()) for maker, key in zip(self._makers, keys, strict=True)],
+                rates,
+                layout.capacity(self._lengths),
+                rows_per_window=rows_per_window,
+                fill=fill,
+                seed=seed,
+                epochs=epochs,
+            )
         else:
-            raw_lengths = [layout.raw_length(objective, lengths) for objective in self._objectives]
-            self._sampler = ConcatAndSplit([line.num_tokens for line in self._lines], raw_lengths, rates, seed)
+            self._sampler = ConcatAndSplit(
+                [maker.line.num_tokens for maker in self._makers],
+                [maker.raw_length for maker in self._makers],
+                rates,
+                seed,
+                [(*key, number) for key, number in zip(keys, self._ids, strict=True)],
+            )
         self._num_rows = None if epochs is None else self._sampler.num_rows(epochs)
 
-    def _corpus_id(self, component: Component) -> int:
-        if component.corpus.name not in self.corpora:
-            raise UserError(f"corpus {component.corpus.name} has no cached split here, only {', '.join(self.corpora)}.")
-        return self.corpora.index(component.corpus.name)
-
-    def _first_fit(self, rates: Sequence[float], rows_per_window: int, fill: float, epochs: int | None) -> FirstFit:
-        lines = []
-        for objective, line in zip(self._objectives, self._lines, strict=True):
-            longest = self._layout.raw_length(objective, self._lengths)
-            costs = [self._layout.cost(objective, num_raw) for num_raw in range(longest + 1)]
-            lines.append(Line(line.offsets, np.array(costs, np.int64).T, self._layout.capacity(self._lengths)))
-        return FirstFit(lines, rates, rows_per_window=rows_per_window, fill=fill, seed=self._seed, epochs=epochs)
+    def _check_inputs(self, mixture: Mixture) -> None:
+        if self._layout.prefix_cost[0] and not any(c.objective.lengths(2)[0] for c in mixture.components):
+            raise UserError(
+                f"mixture {mixture.name} leaves an encoder without inputs; set MODEL = @DecoderOnly, or add an "
+                "objective that has inputs."
+            )
 
     @property
     def num_steps(self) -> int | None:
@@ -168,23 +163,50 @@ class Batches:
             raise TypeError("batches without epochs go on for ever")
         return self.num_steps
 
+    def steps_of_epochs(self, epochs: float, corpus: str) -> int:
+        """Steps that hold `epochs` passes over a corpus."""
+        component = [maker.component.corpus.name for maker in self._makers].index(corpus)
+        return -(-self._sampler.num_rows(epochs, component) // self._batch_size)
+
+    def begin_at(self, starts: Mapping[tuple[int, ...], int]) -> None:
+        """Begins where the `consumed` of an earlier phase left; to be called before any batch is made."""
+        self._sampler.begin_at(starts)
+
+    def consumed(self, num_steps: int) -> dict[tuple[int, ...], int]:
+        """What `num_steps` steps have used up, for `begin_at` of the next phase."""
+        return self._sampler.consumed(num_steps * self._batch_size)
+
     def __getitem__(self, step: int) -> Batch:
         """Features of this host's rows, as `Layout.batch`. Raises IndexError beyond the last step."""
-        rows = self._rows(step)
-        tokens = self._read({piece for row in rows for piece in row})
+        rows = self._rows(*self._row_range(step))
+        tokens = {}
+        for number, maker in enumerate(self._makers):
+            tokens |= maker.line.read_all({piece for row in rows for piece in row if piece.component == number})
         random = ExampleRandom(self._seed)
-        examples = [[self._example(piece, tokens[piece], random) for piece in row] for row in rows]
+        examples = [[self._makers[p.component].example(p, tokens[p], random) for p in row] for row in rows]
         return self._layout.batch(examples, self._lengths)
 
     def seen(self, step: int) -> list[Seen]:
         """Which tokens this host's rows of a step hold, in the order of the rows."""
         result = []
-        for piece in (piece for row in self._rows(step) for piece in row):
-            corpus = self.corpora[self._corpus_ids[piece.component]]
-            line = self._lines[piece.component]
-            for start, stop in self._parts(piece):
-                result.append(Seen(corpus, piece.epoch, line.stored(start), line.stored(stop)))
+        for piece in (piece for row in self._rows(*self._row_range(step)) for piece in row):
+            maker = self._makers[piece.component]
+            for start, stop in maker.line.parts(piece):
+                result.append(
+                    Seen(maker.component.name, piece.epoch, maker.line.stored(start), maker.line.stored(stop))
+                )
         return result
+
+    def raw_tokens(self, step: int) -> dict[str, int]:
+        """Raw tokens of each component in all hosts' rows of a step, by the component's name."""
+        result = {maker.component.name: 0 for maker in self._makers}
+        for piece in (piece for row in self._rows(*self._row_range(step, all_hosts=True)) for piece in row):
+            result[self._makers[piece.component].component.name] += piece.stop - piece.start
+        return result
+
+    def plan_window(self, index: int) -> Window:
+        """The rows that are planned together with row `index * rows_per_window`; of 'first_fit' only."""
+        return self._sampler.plan(index)
 
     def packing_stats(self, steps: Sequence[int]) -> PackingStats:
         """How full this host's rows are at some steps, and what found no room in the windows that they belong to."""
@@ -198,7 +220,7 @@ class Batches:
                     size[i] += batch[name].size
             start, stop = self._row_range(step)
             dropped.update(self._sampler.dropped(start, stop))
-            raw_tokens += sum(piece.stop - piece.start for row in self._rows(step) for piece in row)
+            raw_tokens += sum(piece.stop - piece.start for row in self._rows(start, stop) for piece in row)
         dropped_tokens = sum(piece.stop - piece.start for piece in dropped)
         return PackingStats(
             *(
@@ -210,44 +232,31 @@ class Batches:
             dropped_share=dropped_tokens / max(1, dropped_tokens + raw_tokens),
         )
 
-    def _row_range(self, step: int) -> tuple[int, int]:
+    def _row_range(self, step: int, *, all_hosts: bool = False) -> tuple[int, int]:
         if step < 0 or (self.num_steps is not None and step >= self.num_steps):
             raise IndexError(f"step {step} of {self.num_steps}")
-        return tuple(step * self._batch_size + row for row in self._host_rows)
+        rows = (0, self._batch_size) if all_hosts else self._host_rows
+        return tuple(step * self._batch_size + row for row in rows)
 
-    def _rows(self, step: int) -> list[list[Piece]]:
-        start, stop = self._row_range(step)
+    def _rows(self, start: int, stop: int) -> list[list[Piece]]:
         if self._num_rows is None:
             return self._sampler.rows(start, stop)
         end = min(stop, max(start, self._num_rows))
         return self._sampler.rows(start, end) + [[] for _ in range(stop - end)]
 
-    def _example(self, piece: Piece, tokens: np.ndarray, random: ExampleRandom) -> Example:
-        features = self._objectives[piece.component](tokens, random.at(piece), self._vocabulary)
-        return Example(features["inputs"], features["targets"], self._corpus_ids[piece.component])
 
-    def _parts(self, piece: Piece) -> list[tuple[int, int]]:
-        """(start, stop) within the line: two if the piece wraps."""
-        end = self._lines[piece.component].num_tokens
-        return [(piece.start, piece.stop)] if piece.stop <= end else [(piece.start, end), (0, piece.stop - end)]
-
-    def _read(self, pieces: set[Piece]) -> dict[Piece, np.ndarray]:
-        """Tokens of all pieces, int32; neighbours in the cache are read together, which costs less than one by one."""
-        result = {}
-        run: list[Piece] = []
-        for piece in sorted(pieces, key=lambda piece: (piece.component, piece.start)):
-            if run and (piece.component, piece.start) != (run[-1].component, run[-1].stop):
-                result.update(self._read_run(run))
-                run = []
-            run.append(piece)
-        return result | (self._read_run(run) if run else {})
-
-    def _read_run(self, run: list[Piece]) -> dict[Piece, np.ndarray]:
-        line = self._lines[run[0].component]
-        whole = Piece(run[0].component, run[0].epoch, run[0].start, run[-1].stop)
-        parts = [line.read(start, stop) for start, stop in self._parts(whole)]
-        tokens = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        return {piece: tokens[piece.start - whole.start : piece.stop - whole.start] for piece in run}
+def _num_documents(split: CachedSplit, wanted: float | None) -> int:
+    """How many documents of a split a subset holds."""
+    documents = len(split.offsets) - 1
+    if wanted is None:
+        return documents
+    number = round(wanted * documents) if isinstance(wanted, float) else wanted
+    if not 1 <= number <= documents:
+        raise UserError(
+            f"Phase.subset: {wanted} of corpus {split.corpus} is {number} documents, but there are {documents}; give "
+            "an integer up to that, or a fraction up to 1.0."
+        )
+    return number
 
 
 def _check_rows(batch_size: int, num_hosts: int, rows_per_window: int, fill: float, seed: int) -> None:

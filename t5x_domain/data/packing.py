@@ -14,6 +14,7 @@ import numpy as np
 from t5x_domain.data.vocabulary import Vocabulary
 from t5x_domain.errors import UserError
 from t5x_domain.objectives.base import Objective
+from t5x_domain.objectives.prefix import NO_TOKENS
 
 
 class Example(NamedTuple):
@@ -21,7 +22,8 @@ class Example(NamedTuple):
 
     inputs: np.ndarray  # int32 [i]
     targets: np.ndarray  # int32 [t]
-    corpus_id: int
+    component_id: int
+    prefix: np.ndarray = NO_TOKENS  # int32 [p]: metadata and mode token, see objectives/prefix.py
 
 
 Batch = dict[str, np.ndarray]
@@ -33,21 +35,32 @@ class Layout(abc.ABC):
     A row has room in two sequences, (encoder, decoder); `lengths` is {'inputs': …, 'targets': …} as in SeqIO.
     """
 
+    # Room in (encoder, decoder) that a token of an example's prefix takes.
+    prefix_cost: tuple[int, int]
+
     @abc.abstractmethod
     def capacity(self, lengths: Mapping[str, int]) -> tuple[int, int]:
         """Length of a row's (encoder, decoder) sequence."""
 
     @abc.abstractmethod
     def cost(self, objective: Objective, num_raw: int) -> tuple[int, int]:
-        """Room in (encoder, decoder) that the example of `num_raw` raw tokens takes at most."""
+        """Room in (encoder, decoder) that the example of `num_raw` raw tokens takes at most, its prefix left out."""
+
+    @abc.abstractmethod
+    def mean_cost(self, objective: Objective, num_raw: int) -> tuple[float, float]:
+        """Room that it takes on average."""
+
+    @abc.abstractmethod
+    def random_cost(self, objective: Objective) -> bool:
+        """Whether the room depends on the random generator; then `Objective.drawn_lengths` is what is taken."""
 
     @abc.abstractmethod
     def raw_length(self, objective: Objective, lengths: Mapping[str, int]) -> int:
-        """Raw tokens whose one example fills a row."""
+        """Raw tokens whose one example, without prefix, fills a row."""
 
     @abc.abstractmethod
     def check(self, objective: Objective, lengths: Mapping[str, int], vocabulary: Vocabulary) -> None:
-        """Raises UserError if the objective cannot be laid out in rows of these lengths."""
+        """Raises UserError if one example cannot fill a row of these lengths without overrunning it."""
 
     @abc.abstractmethod
     def batch(self, rows: Sequence[Sequence[Example]], lengths: Mapping[str, int]) -> Batch:
@@ -59,8 +72,11 @@ class Layout(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class EncoderDecoder(Layout):
-    """`encoder_*` holds the inputs, `decoder_*` the targets, `decoder_input_tokens` the targets shifted right by one
-    inside each segment with 0 at its start. `corpus_ids` says which corpus each target came from."""
+    """`encoder_*` holds prefix and inputs, `decoder_*` the targets, `decoder_input_tokens` the targets shifted right by
+    one inside each segment with 0 at its start. `component_ids` says which component each target came from. An example
+    of causal LM without prefix has nothing in the encoder."""
+
+    prefix_cost = (1, 0)
 
     def capacity(self, lengths: Mapping[str, int]) -> tuple[int, int]:
         return lengths["inputs"], lengths["targets"]
@@ -68,24 +84,30 @@ class EncoderDecoder(Layout):
     def cost(self, objective: Objective, num_raw: int) -> tuple[int, int]:
         return objective.lengths(num_raw)
 
+    def mean_cost(self, objective: Objective, num_raw: int) -> tuple[float, float]:
+        return objective.mean_lengths(num_raw)
+
+    def random_cost(self, objective: Objective) -> bool:
+        return objective.random_lengths
+
     def raw_length(self, objective: Objective, lengths: Mapping[str, int]) -> int:
         return objective.raw_length(lengths)
 
     def check(self, objective: Objective, lengths: Mapping[str, int], vocabulary: Vocabulary) -> None:
-        if not objective.lengths(1)[0]:
-            raise UserError(f"{objective.name} leaves an encoder without inputs; use the DecoderOnly layout.")
         objective.check(lengths, vocabulary)
 
     def batch(self, rows: Sequence[Sequence[Example]], lengths: Mapping[str, int]) -> Batch:
         encoder = _Sequences(len(rows), lengths["inputs"])
         decoder = _Sequences(len(rows), lengths["targets"])
-        corpus_ids = np.zeros_like(decoder.tokens)
+        component_ids = np.zeros_like(decoder.tokens)
         for row, examples in enumerate(rows):
             encoder_start = decoder_start = 0
             for segment, example in enumerate(examples, start=1):
-                encoder_start = encoder.write(row, encoder_start, segment, example.inputs)
+                encoder_start = encoder.write(
+                    row, encoder_start, segment, np.concatenate([example.prefix, example.inputs])
+                )
                 decoder_stop = decoder.write(row, decoder_start, segment, example.targets)
-                corpus_ids[row, decoder_start:decoder_stop] = example.corpus_id
+                component_ids[row, decoder_start:decoder_stop] = example.component_id
                 decoder_start = decoder_stop
         return {
             "encoder_input_tokens": encoder.tokens,
@@ -93,25 +115,34 @@ class EncoderDecoder(Layout):
             "encoder_positions": encoder.positions,
             **_decoder_features(decoder),
             "decoder_loss_weights": (decoder.segment_ids > 0).astype(np.float32),
-            "corpus_ids": corpus_ids,
+            "component_ids": component_ids,
         }
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderOnly(Layout):
-    """Inputs and targets joined, `[inputs EOS][targets EOS]`, in one sequence of inputs + targets tokens.
+    """Prefix, inputs and targets joined, `[prefix][inputs EOS][targets EOS]`, in one sequence of their two lengths.
 
     The inputs keep their EOS, which tells the model where the targets begin (as in SeqIO's PrefixLMFeatureConverter),
     and both are joined before they are packed (U-PaLM, section 2.2). The loss is on targets only. `decoder_prefix` is
     SeqIO's `decoder_causal_attention`: 1 on the keys that every position of the segment may see. Because the decoder's
-    input is shifted right, these are one more than the inputs: the start token and all inputs.
+    input is shifted right, these are one more than prefix and inputs: the start token and all of them. An example
+    without inputs, of causal LM, stays causal, its prefix included (MeCo, section 2).
     """
+
+    prefix_cost = (0, 1)
 
     def capacity(self, lengths: Mapping[str, int]) -> tuple[int, int]:
         return 0, lengths["inputs"] + lengths["targets"]
 
     def cost(self, objective: Objective, num_raw: int) -> tuple[int, int]:
         return 0, objective.joined_length(num_raw)
+
+    def mean_cost(self, objective: Objective, num_raw: int) -> tuple[float, float]:
+        return self.cost(objective, num_raw)
+
+    def random_cost(self, objective: Objective) -> bool:
+        return False
 
     def raw_length(self, objective: Objective, lengths: Mapping[str, int]) -> int:
         length = self.capacity(lengths)[1]
@@ -127,23 +158,25 @@ class DecoderOnly(Layout):
 
     def batch(self, rows: Sequence[Sequence[Example]], lengths: Mapping[str, int]) -> Batch:
         decoder = _Sequences(len(rows), self.capacity(lengths)[1])
-        corpus_ids = np.zeros_like(decoder.tokens)
+        component_ids = np.zeros_like(decoder.tokens)
         prefix = np.zeros_like(decoder.tokens)
         loss_weights = np.zeros(decoder.tokens.shape, np.float32)
         for row, examples in enumerate(rows):
             start = 0
             for segment, example in enumerate(examples, start=1):
-                targets_start = start + len(example.inputs)
-                stop = decoder.write(row, start, segment, np.concatenate([example.inputs, example.targets]))
-                corpus_ids[row, start:stop] = example.corpus_id
-                prefix[row, start : targets_start + 1] = 1
+                targets_start = start + len(example.prefix) + len(example.inputs)
+                stop = decoder.write(
+                    row, start, segment, np.concatenate([example.prefix, example.inputs, example.targets])
+                )
+                component_ids[row, start:stop] = example.component_id
+                prefix[row, start : (targets_start if len(example.inputs) else start) + 1] = 1
                 loss_weights[row, targets_start:stop] = 1
                 start = stop
         return {
             **_decoder_features(decoder),
             "decoder_loss_weights": loss_weights,
             "decoder_prefix": prefix,
-            "corpus_ids": corpus_ids,
+            "component_ids": component_ids,
         }
 
 

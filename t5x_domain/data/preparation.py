@@ -1,5 +1,6 @@
-"""From a mixture's documents to a vocabulary and token caches: what `python -m t5x_domain.prepare` does."""
+"""From documents to a vocabulary and token caches: what `python -m t5x_domain.prepare` does."""
 
+import dataclasses
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -8,21 +9,23 @@ import gin
 import numpy as np
 
 from t5x_domain.data.cache import CachedSplit, TokenCache
+from t5x_domain.data.curriculum import Phase
 from t5x_domain.data.pipeline import write_cache
-from t5x_domain.data.tasks import Corpus, Mixture
+from t5x_domain.data.tasks import Corpus
 from t5x_domain.data.vocabulary import ByteVocabulary, Vocabulary, train_sentencepiece
 from t5x_domain.errors import UserError
 
 
 @gin.configurable
 def prepare(
-    mixture: Mixture,
+    phases: Sequence[Phase],
     vocabulary: Vocabulary | ByteVocabulary,
     cache_dir: str,
     *,
     num_shards: int = 4,
     vocabulary_size: int | None = None,
     vocabulary_split: str = "train",
+    inputs_length: int | None = 512,
     overwrite: bool = False,
     beam_flags: Sequence[str] | None = None,
 ) -> list[TokenCache]:
@@ -31,12 +34,14 @@ def prepare(
     A complete cache made from the same source with the same vocabulary and version is kept.
 
     Args:
-      mixture: its corpora are cached, whatever the objectives.
+      phases: the corpora of their mixtures are cached, whatever the objectives; mode tokens that want an id of their
+        own are trained into the vocabulary.
       vocabulary: how to tokenise.
       cache_dir: folder of the caches; each corpus has a folder of its own in it.
       num_shards: shards of each split.
       vocabulary_size: pieces to train if `vocabulary.model_file` does not exist, sentinels not included.
       vocabulary_split: the split of each corpus whose documents the vocabulary is trained on.
+      inputs_length: tokens in a row's inputs, for which the best targets length is worked out; None for no advice.
       overwrite: write the caches again instead of keeping them. The vocabulary is never overwritten.
       beam_flags: flags of a Beam pipeline that does the work, None for this process.
 
@@ -45,10 +50,16 @@ def prepare(
     """
     if num_shards < 1:
         raise UserError(f"prepare.num_shards is {num_shards}; it must be 1 or more.")
+    corpora = _corpora(phases)
     if vocabulary_size is not None:
-        _ensure_vocabulary(mixture.corpora, vocabulary, vocabulary_size, vocabulary_split)
+        special_tokens = list(dict.fromkeys(token for phase in phases for token in phase.mixture.special_tokens))
+        _ensure_vocabulary(corpora, vocabulary, vocabulary_size, vocabulary_split, special_tokens)
+    for phase in phases:
+        for component in phase.components:
+            if component.mode:
+                component.mode.ids(vocabulary)
     caches = []
-    for corpus in mixture.corpora:
+    for corpus in corpora:
         if overwrite or not _is_complete(corpus, vocabulary, cache_dir):
             write_cache(corpus, vocabulary, cache_dir, num_shards=num_shards, beam_flags=beam_flags)
             state = "written"
@@ -58,7 +69,36 @@ def prepare(
         print(f"{caches[-1].folder}: {state}")
         for split in caches[-1].splits:
             print(f"  {summary(caches[-1].split(split))}{_skipped(caches[-1], split)}")
+    if inputs_length is not None:
+        for number, phase in enumerate(phases, 1):
+            print(_advice(phase, f"phase {number}", caches, vocabulary, vocabulary_split, inputs_length))
     return caches
+
+
+def _advice(
+    phase: Phase,
+    name: str,
+    caches: Sequence[TokenCache],
+    vocabulary: Vocabulary | ByteVocabulary,
+    split: str,
+    inputs: int,
+) -> str:
+    """Which lengths waste least on a phase's mixture."""
+    from t5x_domain.data.lengths import recommend  # reads batches, hence imports Grain and JAX
+
+    mixture = dataclasses.replace(phase.mixture, components=phase.components)
+    head = f"{phase.name or name}, Run.packing = 'first_fit', {inputs} inputs:"
+    names = [corpus.name for corpus in mixture.corpora]
+    try:
+        splits = [cache.split(split) for cache in caches if cache.manifest["corpus"] in names]
+        best, equal = recommend(mixture, splits, vocabulary, inputs)
+    except UserError as error:
+        return f"{head} none can be recommended, because {error}"
+    return (
+        f"{head} LENGTHS = {{'inputs': {inputs}, 'targets': {best.targets}}}\n"
+        f"  {best.both:.1%} of the positions hold tokens (encoder {best.encoder:.1%}, decoder {best.decoder:.1%}), "
+        f"{best.dropped:.1%} of the text finds no room; with {inputs} targets {equal.both:.1%}"
+    )
 
 
 def summary(split: CachedSplit) -> str:
@@ -76,12 +116,23 @@ def _skipped(cache: TokenCache, split: str) -> str:
     return "".join(f"\n  {'':12} {count:11,} skipped: {reason}" for reason, count in skipped.items())
 
 
-def _ensure_vocabulary(corpora: Sequence[Corpus], vocabulary: Vocabulary, size: int, split: str) -> None:
+def _corpora(phases: Sequence[Phase]) -> list[Corpus]:
+    """Each corpus of the phases once."""
+    found: dict[str, Corpus] = {}
+    for corpus in (corpus for phase in phases for corpus in phase.mixture.corpora):
+        if found.setdefault(corpus.name, corpus) != corpus:
+            raise UserError(f"two phases have different corpora named '{corpus.name}'; rename one.")
+    return list(found.values())
+
+
+def _ensure_vocabulary(
+    corpora: Sequence[Corpus], vocabulary: Vocabulary, size: int, split: str, special_tokens: Sequence[str]
+) -> None:
     if not isinstance(vocabulary, Vocabulary):
         raise UserError("prepare.vocabulary_size is for SentencePiece vocabularies; set it to None for bytes.")
     if not Path(vocabulary.model_file).exists():
         print(f"{vocabulary.model_file}: training {size:,} pieces", file=sys.stderr)
-        train_sentencepiece(_texts(corpora, split), vocabulary.model_file, size)
+        train_sentencepiece(_texts(corpora, split), vocabulary.model_file, size, special_tokens=special_tokens)
     pieces = vocabulary.vocab_size - vocabulary.extra_ids
     if pieces != size:
         raise UserError(

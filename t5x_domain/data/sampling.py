@@ -8,7 +8,7 @@ with whole documents. Both walk through epochs whose order is a keyed permutatio
 import abc
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -25,15 +25,27 @@ class Piece(NamedTuple):
 
 
 class Sampler(abc.ABC):
-    """Deals the tokens of a mixture's components to rows 0, 1, 2, …"""
+    """Deals the tokens of a mixture's components to rows 0, 1, 2, …
+
+    Where a sampler begins in each of its sources is a number per source; `consumed` says where the next sampler over
+    the same sources goes on, so that what one phase of a run has seen does not come again in the next.
+    """
 
     @abc.abstractmethod
     def rows(self, start: int, stop: int) -> list[list[Piece]]:
         """Pieces of rows [start, stop), one list a row."""
 
     @abc.abstractmethod
-    def num_rows(self, epochs: int) -> int:
-        """Rows that hold `epochs` passes over the first component; the last ones may be short or empty."""
+    def num_rows(self, epochs: float, component: int = 0) -> int:
+        """Rows that hold `epochs` passes over a component's source; the last ones may be short or empty."""
+
+    @abc.abstractmethod
+    def begin_at(self, starts: Mapping[tuple[int, ...], int]) -> None:
+        """Begins where an earlier sampler's `consumed` left; sources that are not named begin at their start."""
+
+    @abc.abstractmethod
+    def consumed(self, num_rows: int) -> dict[tuple[int, ...], int]:
+        """{source: position} after `num_rows` rows."""
 
     def dropped(self, start: int, stop: int) -> list[Piece]:
         """Pieces that found no room in rows [start, stop) and the other rows of their windows."""
@@ -47,16 +59,42 @@ class ConcatAndSplit(Sampler):
     epochs, and every token comes once: all chunks are full but one, which holds the remainder.
     """
 
-    def __init__(self, num_tokens: Sequence[int], raw_lengths: Sequence[int], rates: Sequence[float], seed: int):
+    def __init__(
+        self,
+        num_tokens: Sequence[int],
+        raw_lengths: Sequence[int],
+        rates: Sequence[float],
+        seed: int,
+        keys: Sequence[tuple[int, ...]] | None = None,
+    ):
+        """`keys` name the components among those of all phases; by default they are numbered."""
         self._lines = list(zip(num_tokens, raw_lengths, strict=True))
         self._shares = [rate / sum(rates[component:]) for component, rate in enumerate(rates)]
         self._seed = seed
+        self._keys = keys or [(component,) for component in range(len(rates))]
+        self._starts = [0] * len(rates)
 
     def rows(self, start: int, stop: int) -> list[list[Piece]]:
         return [[self._piece(*self._component(row))] for row in range(start, stop)]
 
-    def num_rows(self, epochs: int) -> int:
-        return epochs * _num_chunks(*self._lines[0])
+    def num_rows(self, epochs: float, component: int = 0) -> int:
+        pieces = math.ceil(epochs * _num_chunks(*self._lines[component]))
+        row = math.floor(pieces / self._share(component))  # rounding may leave it a row or two off
+        while self._counts(row)[component] < pieces:
+            row += 1
+        while row and self._counts(row - 1)[component] >= pieces:
+            row -= 1
+        return row
+
+    def begin_at(self, starts: Mapping[tuple[int, ...], int]) -> None:
+        self._starts = [starts.get(key, 0) for key in self._keys]
+
+    def consumed(self, num_rows: int) -> dict[tuple[int, ...], int]:
+        positions = zip(self._keys, self._starts, self._counts(num_rows), strict=True)
+        return {key: start + count for key, start, count in positions}
+
+    def _share(self, component: int) -> float:
+        return self._shares[component] * math.prod(1 - share for share in self._shares[:component])
 
     def _component(self, row: int) -> tuple[int, int]:
         """The component that feeds a row, and how many earlier rows it fed.
@@ -72,13 +110,22 @@ class ConcatAndSplit(Sampler):
             index -= taken
         return len(self._shares) - 1, index
 
+    def _counts(self, num_rows: int) -> list[int]:
+        """How many of the first rows each component feeds."""
+        counts, rest = [], num_rows
+        for share in self._shares[:-1]:
+            counts.append(math.floor(rest * share))
+            rest -= counts[-1]
+        return [*counts, rest]
+
     def _piece(self, component: int, index: int) -> Piece:
         num_tokens, raw_length = self._lines[component]
         num_chunks = _num_chunks(num_tokens, raw_length)
-        epoch, nth = divmod(index, num_chunks)
-        chunk = permuted(nth, num_chunks, self._seed, component, epoch)
+        epoch, nth = divmod(self._starts[component] + index, num_chunks)
+        key = self._keys[component]
+        chunk = permuted(nth, num_chunks, self._seed, *key, epoch)
         length = min(raw_length, num_tokens - chunk * raw_length)
-        turn = random_bits(self._seed, component, epoch, 1)
+        turn = random_bits(self._seed, *key, epoch, 1)
         start = (chunk * raw_length + turn) % num_tokens
         return Piece(component, epoch, start, start + length)
 

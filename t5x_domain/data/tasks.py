@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import tensorflow as tf
 
     from t5x_domain.objectives.base import Objective
+    from t5x_domain.objectives.prefix import Metadata, Mode
 
 
 @gin.configurable
@@ -49,11 +50,22 @@ class Corpus:
 @gin.configurable
 @dataclasses.dataclass(frozen=True)
 class Component:
-    """A corpus learnt with an objective; `rate` is its share of a mixture's examples, relative to the other rates."""
+    """A corpus learnt with an objective.
+
+    Attributes:
+      corpus: the documents.
+      objective: makes examples of them.
+      rate: share of the mixture, relative to the other rates: of its rows with 'concat_and_split', of its text with
+        'first_fit'.
+      mode: mode token before every example; None for none.
+      metadata: the document's metadata before it; None for none.
+    """
 
     corpus: Corpus
     objective: "Objective"
     rate: float = 1.0
+    mode: "Mode | None" = None
+    metadata: "Metadata | None" = None
 
     def __post_init__(self) -> None:
         if not self.rate > 0:
@@ -93,51 +105,71 @@ class Mixture:
         """Each corpus once, in the order of the components."""
         return list(self._corpora_by_name.values())
 
+    @property
+    def special_tokens(self) -> list[str]:
+        """Mode tokens that need an id of their own in the vocabulary."""
+        modes = [component.mode for component in self.components if component.mode]
+        return list(dict.fromkeys(mode.token for mode in modes if not mode.as_text))
+
 
 def register(mixture: Mixture, vocabulary: Vocabulary | ByteVocabulary) -> "seqio.Mixture":
     """Adds a SeqIO task for every component and the SeqIO mixture of them with its rates.
 
     `seqio.get_mixture_or_task(mixture.name).get_dataset(sequence_length=…, split=…)` then gives `inputs` and `targets`
-    (int32 [n], closed by EOS). Documents are joined and cut to the objective's raw length for `sequence_length`, as in
-    the loader; with `sequence_length=None` each document is one example.
+    (int32 [n], closed by EOS), metadata and mode token at the front of `inputs`. Documents are joined and cut to the
+    objective's raw length for `sequence_length`, as in the loader; with metadata each is cut by itself. With
+    `sequence_length=None` each document is one example. What is registered already is used again. `get_dataset` refuses
+    a `sequence_length` whose `targets` are too short for an objective.
 
     Raises:
-      UserError: a task or mixture of this name is registered already.
+      UserError: a task or mixture of this name is registered already and is another.
     """
     import seqio
 
     for component in mixture.components:
-        _register_task(component, vocabulary.as_seqio(), vocabulary)
+        _register_task(component, vocabulary)
     rates = [(component.name, component.rate) for component in mixture.components]
+    if mixture.name in seqio.MixtureRegistry.names():
+        known = seqio.MixtureRegistry.get(mixture.name)
+        if {task.name: known.get_rate(task) for task in known.tasks} == dict(rates):
+            return known
     return _register(seqio.MixtureRegistry, mixture.name, tasks=rates)
 
 
-def _register_task(
-    component: Component, seqio_vocabulary: "seqio.Vocabulary", vocabulary: Vocabulary | ByteVocabulary
-) -> None:
+def _register_task(component: Component, vocabulary: Vocabulary | ByteVocabulary) -> None:
     import seqio
     import tensorflow as tf
 
-    source = component.corpus.source
+    # A rate belongs to the mixture, not to the task.
+    component = dataclasses.replace(component, rate=1.0)
+    if component.name in seqio.TaskRegistry.names():
+        ours = {"component": component, "vocabulary": vocabulary}
+        last = seqio.TaskRegistry.get(component.name).preprocessors[-1:]
+        if any(getattr(step, "keywords", {}) == ours for step in last):
+            return
+    source, metadata = component.corpus.source, component.metadata
 
     def texts(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
         del shuffle_files, seed  # A stream has one order; SeqIO shuffles examples behind it.
         return tf.data.Dataset.from_generator(
-            lambda: ({"text": document.text} for document in source.documents(split)),
-            output_signature={"text": tf.TensorSpec([], tf.string)},
+            lambda: (
+                {"text": document.text, "metadata": metadata.text(document.metadata) if metadata else ""}
+                for document in source.documents(split)
+            ),
+            output_signature={"text": tf.TensorSpec([], tf.string), "metadata": tf.TensorSpec([], tf.string)},
         )
 
-    feature = seqio.Feature(seqio_vocabulary, add_eos=False)  # The objective closes both sequences itself.
+    feature = seqio.Feature(vocabulary.as_seqio(), add_eos=False)  # The objective closes both sequences itself.
+    key_map = {"targets": "text", "metadata": "metadata"}
     _register(
         seqio.TaskRegistry,
         component.name,
         source=seqio.FunctionDataSource(texts, splits=source.splits),
         preprocessors=[
-            functools.partial(seqio.preprocessors.rekey, key_map={"targets": "text"}),
+            functools.partial(seqio.preprocessors.rekey, key_map=key_map),
             functools.partial(seqio.preprocessors.tokenize, copy_pretokenized=False),
             seqio.CacheDatasetPlaceholder(),
-            functools.partial(_join_and_cut, objective=component.objective),
-            functools.partial(_apply_objective, objective=component.objective, vocabulary=vocabulary),
+            functools.partial(_examples, component=component, vocabulary=vocabulary),
         ],
         output_features={"inputs": feature, "targets": feature},
     )
@@ -149,29 +181,59 @@ def _register(registry: Any, name: str, **arguments: Any) -> Any:
     return registry.add(name, **arguments)
 
 
-def _join_and_cut(
-    dataset: "tf.data.Dataset", sequence_length: Mapping[str, int] | None, *, objective: "Objective"
+def _examples(
+    dataset: "tf.data.Dataset",
+    sequence_length: Mapping[str, int] | None,
+    *,
+    component: Component,
+    vocabulary: Vocabulary | ByteVocabulary,
 ) -> "tf.data.Dataset":
-    tokens = dataset.map(lambda features: features["targets"])
-    return tokens if sequence_length is None else tokens.rebatch(objective.raw_length(sequence_length))
-
-
-def _apply_objective(
-    dataset: "tf.data.Dataset", *, objective: "Objective", vocabulary: Vocabulary | ByteVocabulary
-) -> "tf.data.Dataset":
+    """Documents (`targets`: int32 [n], `metadata`: text) -> examples."""
     import seqio
     import tensorflow as tf
 
-    def example(tokens: np.ndarray, seed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    objective, metadata = component.objective, component.metadata
+    mode = component.mode.ids(vocabulary) if component.mode else np.empty(0, np.int32)
+    longest = None
+    if sequence_length is not None:
+        reserved = len(mode) + (metadata.max_tokens if metadata else 0)
+        room = {**sequence_length, "inputs": sequence_length["inputs"] - reserved}
+        if room["inputs"] < 0:
+            raise UserError(
+                f"{component.name}: metadata and mode token take up to {reserved} tokens, more than the inputs length "
+                f"{sequence_length['inputs']}; raise it or lower Metadata.max_tokens."
+            )
+        objective.check(room, vocabulary)  # SeqIO would cut what is too long without a word.
+        longest = objective.raw_length(room)
+
+    def prefix(text: bytes, seed: np.ndarray) -> np.ndarray:
+        carries = metadata is not None and np.random.default_rng(seed.astype(np.uint32)).random() < metadata.rate
+        ids = vocabulary.encode(text.decode()) if carries and text else mode[:0]
+        return np.concatenate([ids[: metadata.max_tokens] if metadata else ids, mode])
+
+    def example(tokens: np.ndarray, before: np.ndarray, seed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         features = objective(tokens, np.random.default_rng(seed.astype(np.uint32)), vocabulary)
-        return features["inputs"], features["targets"]
+        return np.concatenate([before, features["inputs"]]), features["targets"]
 
     @seqio.map_over_dataset(num_seeds=1)
-    def examples(tokens: tf.Tensor, seed: tf.Tensor) -> dict[str, tf.Tensor]:
-        features = tf.numpy_function(example, [tokens, seed], [tf.int32, tf.int32])
+    def with_prefix(document: Mapping[str, tf.Tensor], seed: tf.Tensor) -> dict[str, tf.Tensor]:
+        before = tf.ensure_shape(tf.numpy_function(prefix, [document["metadata"], seed], tf.int32), [None])
+        return {"tokens": document["targets"], "prefix": before}
+
+    def pieces(document: Mapping[str, tf.Tensor]) -> tf.data.Dataset:
+        chunks = tf.data.Dataset.from_tensor_slices(document["tokens"]).batch(longest)
+        return chunks.map(lambda tokens: {"tokens": tokens, "prefix": document["prefix"]})
+
+    @seqio.map_over_dataset(num_seeds=1)
+    def examples(piece: Mapping[str, tf.Tensor], seed: tf.Tensor) -> dict[str, tf.Tensor]:
+        features = tf.numpy_function(example, [piece["tokens"], piece["prefix"], seed], [tf.int32, tf.int32])
         return {name: tf.ensure_shape(x, [None]) for name, x in zip(("inputs", "targets"), features, strict=True)}
 
-    return examples(dataset)
+    if longest is not None and metadata is None:
+        joined = dataset.map(lambda document: document["targets"]).rebatch(longest)
+        dataset = joined.map(lambda tokens: {"targets": tokens, "metadata": ""})
+    dataset = with_prefix(dataset)
+    return examples(dataset if longest is None or metadata is None else dataset.flat_map(pieces))
 
 
 @gin.configurable

@@ -13,10 +13,12 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from t5x_domain.data import packing
+from t5x_domain.data.tasks import Component
 from t5x_domain.data.vocabulary import ByteVocabulary, Vocabulary
 from t5x_domain.errors import UserError
+from t5x_domain.objectives.prefix import NO_TOKENS, prefix_ids
 from t5x_domain.parallel.sharding import use_mesh
-from t5x_domain.training.feed import LAYOUTS
+from t5x_domain.training.feed import AS_TRAINED, LAYOUTS, conditioned
 from t5x_domain.training.state import Blueprint
 
 
@@ -50,6 +52,9 @@ def fill_spans(
     vocabulary: Vocabulary | ByteVocabulary,
     *,
     max_targets: int,
+    component: Component | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    mode: Any = AS_TRAINED,
 ) -> list[Filled]:
     """Lets the model fill the blanks of span-corrupted examples (Raffel et al. 2020, section 3.1.4), in one batch.
 
@@ -59,9 +64,14 @@ def fill_spans(
       examples: {'inputs': int32 [i], 'targets': int32 [t]} as objectives make them, closed by EOS.
       vocabulary: the one of the examples.
       max_targets: tokens that the model may write for one example; it stops earlier at EOS.
+      component: with which the model was trained; its mode token and metadata go where training put them. None for
+        neither.
+      metadata: {field: value} for the component's templates; None for no metadata.
+      mode: a `Mode` instead of the component's own, or None for none.
 
     Raises:
-      UserError: the model cannot write, or `max_targets` leaves no room for an example's true targets.
+      UserError: the model cannot write, `max_targets` leaves no room for an example's true targets, or the metadata
+        do not suit the component.
     """
     if model_of.model_class not in LAYOUTS:
         raise UserError(f"{model_of.model_class.__name__} has no decoder to fill blanks with; use EncoderDecoder.")
@@ -72,7 +82,15 @@ def fill_spans(
         )
     if not examples:
         return []
-    written = _generate(model_of, params, [example["inputs"] for example in examples], vocabulary, max_targets)
+    prefix = NO_TOKENS
+    if component is not None:
+        asked = conditioned(component, metadata, mode)
+        if asked.metadata is not None:
+            asked.metadata.check_fields(set(), "")
+        prefix = prefix_ids(vocabulary, metadata=asked.metadata, mode=asked.mode)
+    room = np.zeros(max_targets, np.int32)
+    rows = [packing.Example(example["inputs"], room, 0, prefix) for example in examples]
+    written = _generate(model_of, params, rows, vocabulary, max_targets)
     return [
         compare(example["inputs"], example["targets"], tokens, vocabulary)
         for example, tokens in zip(examples, written, strict=True)
@@ -147,18 +165,18 @@ def _decode_prefix(tokens: Sequence[int], vocabulary: Vocabulary | ByteVocabular
 def _generate(
     model_of: Blueprint,
     params: Any,
-    inputs: Sequence[np.ndarray],
+    examples: Sequence[packing.Example],
     vocabulary: Vocabulary | ByteVocabulary,
     max_targets: int,
 ) -> np.ndarray:
-    """The likeliest token at each step, int32 [B, max_targets], padding after EOS."""
-    # The layout of training, with room for the targets instead of targets.
-    room = np.zeros(max_targets, np.int32)
-    lengths = {"inputs": max(map(len, inputs)), "targets": max_targets}
-    batch = LAYOUTS[model_of.model_class].batch([[packing.Example(ids, room, 0)] for ids in inputs], lengths)
+    """The likeliest token at each step, int32 [B, max_targets], padding after EOS. `targets` are room for it."""
+    # The layout of training.
+    longest = max(len(example.prefix) + len(example.inputs) for example in examples)
+    lengths = {"inputs": longest, "targets": max_targets}
+    batch = LAYOUTS[model_of.model_class].batch([[example] for example in examples], lengths)
     features = {name: batch[name] for name in model_of.model_class.inputs if name in batch}
     first = batch["decoder_loss_weights"].argmax(axis=1)
-    rows = np.arange(len(inputs))
+    rows = np.arange(len(examples))
 
     def decode(params: Any, features: dict[str, jax.Array]) -> jax.Array:
         def more(state: tuple[jax.Array, ...]) -> jax.Array:

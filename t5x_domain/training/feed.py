@@ -1,5 +1,6 @@
 """What a run reads: the token caches of its mixture, opened, checked, and turned into arrays on the mesh."""
 
+import dataclasses
 import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -10,6 +11,7 @@ from jax.sharding import Mesh
 
 from t5x_domain.data import packing
 from t5x_domain.data.cache import CachedSplit, TokenCache
+from t5x_domain.data.curriculum import Curriculum, shares_seen
 from t5x_domain.data.loader import Batches, iterate
 from t5x_domain.data.tasks import Component, Corpus, Mixture
 from t5x_domain.errors import UserError
@@ -18,6 +20,8 @@ from t5x_domain.models.assemblies import DecoderOnly, EncoderDecoder
 from t5x_domain.parallel.sharding import sharding
 from t5x_domain.training.run import Run
 
+# The mode that a component was trained with.
+AS_TRAINED = object()
 # How examples become the features that an assembly takes.
 LAYOUTS = {EncoderDecoder: packing.EncoderDecoder(), DecoderOnly: packing.DecoderOnly()}
 
@@ -45,10 +49,14 @@ class Feed:
                 f"set MODEL to one of {', '.join('@' + model.__name__ for model in LAYOUTS)}."
             )
         self._run, self._mesh = run, mesh
-        self.corpora = list(dict.fromkeys(component.corpus.name for component in run.mixture.components))
-        self.loss = functools.partial(run.loss, num_corpora=len(self.corpora))
-        self.batches = self._batches(run.mixture, run.train_split)
-        self._held_out = {self._held_out_name(c): self._held_out_batches(c) for c in run.mixture.components}
+        self.eval_components = list((run.eval_mixture or run.phases[-1].mixture).components)
+        trained = {c.name: c for phase in run.phases for c in phase.mixture.components}
+        self.components = list((trained | {c.name: c for c in self.eval_components}).values())
+        self.loss = functools.partial(run.loss, num_components=len(self.components))
+        self.batches = Curriculum(run.phases, run.total_steps, self._train_batches)
+        self._held_out: dict[str, tuple[Batches, float]] = {}
+        for component in self.eval_components:  # so that what is wrong with them is said before anything is compiled
+            self._held_out_of(conditioned(component, None))
 
     def train_batches(self, start: int) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
         """This process's rows of the batches of updates start + 1, start + 2, … `run.total_steps`, numbered so."""
@@ -65,13 +73,27 @@ class Feed:
             result[name] = jax.make_array_from_process_local_data(place, rows, shape)
         return result
 
-    def held_out(self, eval_step: Any, params: Any) -> dict[str, dict[str, float]]:
-        """Scores of each corpus's held-out split, see `evaluation.perplexity`."""
+    def held_out(
+        self, eval_step: Any, params: Any, *, metadata: str | Mapping[str, Any] | None = None, mode: Any = AS_TRAINED
+    ) -> dict[str, dict[str, float]]:
+        """Scores of each corpus's held-out split, see `evaluation.perplexity`.
+
+        Args:
+          eval_step: from `training.step.make_eval_step`.
+          params: parameters.
+          metadata: None for none; "own" for every document's own; {field: value} for these before every document.
+          mode: a `Mode` instead of the components' own, or None for none.
+
+        Raises:
+          UserError: metadata for a component that was declared without, or fields that its templates do not need.
+        """
         scores = {}
-        for corpus, (batches, bytes_per_token) in self._held_out.items():
+        for component in self.eval_components:
+            batches, bytes_per_token = self._held_out_of(conditioned(component, metadata, mode))
             steps = range(min(batches.num_steps, self._run.eval_batches or batches.num_steps))
             features = (self.put(batches[step]) for step in steps)
-            scores[corpus] = held_out_scores(eval_step, params, features, bytes_per_token=bytes_per_token)
+            name = self._held_out_name(component)
+            scores[name] = held_out_scores(eval_step, params, features, bytes_per_token=bytes_per_token)
         return scores
 
     def held_out_documents(self, corpus: Corpus, shortest: int, longest: int, count: int) -> list[np.ndarray]:
@@ -85,6 +107,10 @@ class Feed:
         """Where the data stands after `step` updates. With the run's seed it is all there is to know."""
         return {"step": step, "seed": self._run.seed}
 
+    def shares(self, raw_tokens: Mapping[str, int]) -> dict[str, dict[str, float]]:
+        """See `data.curriculum.shares_seen`."""
+        return shares_seen(raw_tokens, self.components)
+
     def _split(self, corpus_name: str, version: int, split: str) -> CachedSplit:
         cache = TokenCache.open(
             self._run.cache_dir,
@@ -94,7 +120,7 @@ class Feed:
         )
         return cache.split(split)
 
-    def _batches(self, mixture: Mixture, split: str, epochs: int | None = None) -> Batches:
+    def _batches(self, mixture: Mixture, split: str, **more: Any) -> Batches:
         run = self._run
         opened = {c.corpus.name: self._split(c.corpus.name, c.corpus.version, split) for c in mixture.components}
         return Batches(
@@ -108,16 +134,43 @@ class Feed:
             packing=run.packing,
             host=jax.process_index(),
             num_hosts=jax.process_count(),
-            epochs=epochs,
+            component_names=[component.name for component in self.components],
+            **more,
         )
 
+    def _train_batches(self, mixture: Mixture, subset: Mapping[str, float]) -> Batches:
+        return self._batches(mixture, self._run.train_split, subset=subset)
+
     def _held_out_name(self, component: Component) -> str:
-        """The corpus's name; the component's where a corpus is learnt with several objectives."""
-        alone = sum(c.corpus.name == component.corpus.name for c in self._run.mixture.components) == 1
+        """The corpus's name; the component's where a corpus is scored with several objectives."""
+        alone = sum(c.corpus.name == component.corpus.name for c in self.eval_components) == 1
         return component.corpus.name if alone else component.name
 
-    def _held_out_batches(self, component: Component) -> tuple[Batches, float]:
+    def _held_out_of(self, component: Component) -> tuple[Batches, float]:
         """One pass over a held-out split with one objective, and the split's UTF-8 bytes per token."""
-        batches = self._batches(Mixture(name=component.name, components=[component]), self._run.eval_split, epochs=1)
-        split = self._split(component.corpus.name, component.corpus.version, self._run.eval_split)
-        return batches, split.num_bytes / split.num_tokens
+        key = repr(component)
+        if key not in self._held_out:
+            alone = Mixture(name=component.name, components=[component])
+            split = self._split(component.corpus.name, component.corpus.version, self._run.eval_split)
+            batches = self._batches(alone, self._run.eval_split, epochs=1)
+            self._held_out[key] = batches, split.num_bytes / split.num_tokens
+        return self._held_out[key]
+
+
+def conditioned(component: Component, metadata: str | Mapping[str, Any] | None, mode: Any = AS_TRAINED) -> Component:
+    """The component with other metadata and mode, see `Feed.held_out`.
+
+    Raises:
+      UserError: the component was declared without metadata, hence has no template for them.
+    """
+    if metadata is not None and component.metadata is None:
+        raise UserError(
+            f"metadata={metadata!r}: '{component.name}' was trained without metadata; "
+            "leave it out, or train with mixture_of_denoisers.metadata = @Metadata()."
+        )
+    if metadata is None:
+        before = None
+    else:
+        fields = None if metadata == "own" else dict(metadata)
+        before = dataclasses.replace(component.metadata, rate=1.0, fields=fields)
+    return dataclasses.replace(component, metadata=before, mode=component.mode if mode is AS_TRAINED else mode)

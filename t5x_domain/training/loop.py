@@ -1,12 +1,13 @@
 """The main job: from a prepared token cache to a trained model, resumable to the bit."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import signal
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import jax
 import numpy as np
 import optax
 
+from t5x_domain.data.tasks import Component
 from t5x_domain.errors import UserError
 from t5x_domain.training.checkpoint import Checkpoints, restore_params
 from t5x_domain.training.feed import Feed
@@ -40,13 +42,14 @@ def train(run: Run) -> int:
     mesh = run.mesh.build()
     feed = Feed(run, mesh)
     blueprint = Blueprint(run.model, run.config, mesh)
-    transform = run.updates.build(blueprint.axes)
+    updates = dataclasses.replace(run.updates, schedule=feed.batches.schedule(run.updates.schedule))
+    transform = updates.build(blueprint.axes)
     train_step = make_train_step(
         blueprint, feed.loss, transform, seed=run.seed, accumulation_steps=run.accumulation_steps
     )
     eval_step = make_eval_step(blueprint, feed.loss)
 
-    run_dir = run.claim_directory()
+    run_dir = run.claim_directory(feed.batches.starts)
     (run_dir / "config.gin").write_text(gin.operative_config_str(), encoding="utf-8")
     with contextlib.ExitStack() as closing:
         checkpoints = closing.enter_context(contextlib.closing(Checkpoints(run_dir / "checkpoints", run.retention)))
@@ -54,7 +57,7 @@ def train(run: Run) -> int:
         writer = closing.enter_context(contextlib.closing(MetricsWriter(run_dir, start)))
         progress = closing.enter_context(contextlib.closing(Progress(start, run.total_steps)))
         preemption = closing.enter_context(contextlib.closing(PreemptionNotice()))
-        guard, meter = Guard(run, feed), Meter(run, feed)
+        guard, meter = Guard(run, feed), Meter(run, feed, updates.schedule)
         progress.say(f"{blueprint.num_parameters:,} parameters, mesh {dict(mesh.shape)}, from step {start:,}")
 
         def evaluate(step: int) -> dict[str, float]:
@@ -69,6 +72,8 @@ def train(run: Run) -> int:
             evaluate(0)
         meter.restart()
         for step, batch in feed.train_batches(start):
+            if len(feed.batches.starts) > 1 and (step - 1 in feed.batches.starts or step == start + 1):
+                progress.say(f"step {step:,}: {feed.batches.names[feed.batches.phase_of(step - 1)]}")
             state, metrics = train_step(state, feed.put(batch))
             last, stop = step == run.total_steps, preemption.given
             guard.watch(step, metrics)
@@ -85,7 +90,7 @@ def train(run: Run) -> int:
             if stop and not last:
                 progress.say(f"told to stop; saving step {step:,}: the same command goes on from there")
                 return EXIT_PREEMPTED
-    summarise(run_dir)
+    summarise(run_dir, feed)
     return 0
 
 
@@ -174,9 +179,9 @@ class Guard:
 class Meter:
     """Tokens per second, and the numbers of a logged step."""
 
-    def __init__(self, run: Run, feed: Feed) -> None:
-        """Counts from `restart`."""
-        self._run, self._corpora = run, feed.corpora
+    def __init__(self, run: Run, feed: Feed, schedule: optax.Schedule) -> None:
+        """Counts from `restart`; `schedule` is step -> learning rate."""
+        self._run, self._feed, self._schedule = run, feed, schedule
         self.seconds_per_step = 0.0
         self.restart()
 
@@ -197,26 +202,52 @@ class Meter:
         rate = self._tokens * jax.process_count() / seconds
         self.restart()
         weight = max(float(values["weight"]), 1.0)
-        by_corpus = zip(self._corpora, values["corpus_nll"], values["corpus_weight"], strict=True)
+        # Since the last logged step, whether or not the run was interrupted in between.
+        before = (step - 1) // self._run.log_every * self._run.log_every
         return {
             "loss": float(values["loss"]),
             "accuracy": float(values["correct"]) / weight,
-            "learning_rate": float(self._run.updates.schedule(step - 1)),
+            "learning_rate": float(self._schedule(step - 1)),
             "grad_norm": float(values["grad_norm"]),
             "tokens_per_second": rate,
             "skipped": int(values["skipped"]),
-            "corpus_loss": {corpus: float(nll / count) if count else None for corpus, nll, count in by_corpus},
+            "corpus_loss": self._losses(values, lambda component: component.corpus.name),
+            "denoiser_loss": self._losses(values, lambda component: component.objective.name),
+            "raw_tokens": self._feed.batches.raw_tokens(before, step),
         }
 
+    def _losses(self, values: Mapping[str, np.ndarray], of: Callable[[Component], str]) -> dict[str, float | None]:
+        """Loss by target of the components that `of` gives the same name; None for those without targets."""
+        sums: dict[str, np.ndarray] = {}
+        for component, *pair in zip(
+            self._feed.components, values["component_nll"], values["component_weight"], strict=True
+        ):
+            sums[of(component)] = sums.get(of(component), 0) + np.array(pair, np.float64)
+        return {name: float(nll / weight) if weight else None for name, (nll, weight) in sums.items()}
 
-def summarise(run_dir: Path) -> None:
-    """Writes eval.json: the held-out scores of each corpus before and after."""
+
+def summarise(run_dir: Path, feed: Feed) -> None:
+    """Writes eval.json, held-out scores before and after, and phases.json, what each phase has seen."""
     evaluations = read_json_lines(run_dir / "evaluations.jsonl")
     before, after = evaluations[0], evaluations[-1]
     summary = {
         "before": {"step": before["step"], **before["corpora"]},
         "after": {"step": after["step"], **after["corpora"]},
     }
-    partial = run_dir / "eval.partial"
-    partial.write_text(json.dumps(summary, indent=1), encoding="utf-8")
-    os.replace(partial, run_dir / "eval.json")
+    _write_json(run_dir / "eval.json", summary)
+    lines = read_json_lines(run_dir / "metrics.jsonl")
+    phases = []
+    for name, (start, stop) in zip(feed.batches.names, feed.batches.spans, strict=True):
+        raw_tokens: dict[str, int] = {}
+        for line in lines:
+            for component, count in line["raw_tokens"].get(name, {}).items():
+                raw_tokens[component] = raw_tokens.get(component, 0) + count
+        total = sum(raw_tokens.values())
+        phases.append({"name": name, "start": start, "stop": stop, "raw_tokens": total, **feed.shares(raw_tokens)})
+    _write_json(run_dir / "phases.json", phases)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(value, indent=1), encoding="utf-8")
+    os.replace(partial, path)

@@ -3,12 +3,13 @@
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import gin
 
+from t5x_domain.data.curriculum import Phase
 from t5x_domain.data.tasks import Mixture
 from t5x_domain.errors import UserError
 from t5x_domain.models.assemblies import LanguageModel
@@ -28,7 +29,7 @@ class Run:
       run_dir: where metrics and checkpoints go; a run found there goes on.
       model: an assembly, e.g. `EncoderDecoder`.
       config: its shape.
-      mixture: corpora, objectives and rates.
+      phases: what is learnt when: mixtures of corpora and objectives, see data/curriculum.py.
       vocabulary: the one the token cache was made with.
       cache_dir: where `prepare` put the token cache.
       lengths: tokens in a row, {"inputs": 512, "targets": 114}.
@@ -43,7 +44,8 @@ class Run:
       init_from: a run whose parameters this one starts with, if its own directory holds no checkpoint.
       train_split, eval_split: splits of the cache.
       log_every, eval_every, checkpoint_every: steps between; the last step is evaluated and saved in any case.
-      eval_batches: held-out batches of each corpus; None for all.
+      eval_batches: held-out batches of each component; None for all.
+      eval_mixture: what held-out text is scored with; None for the mixture of the last phase.
       retention: which checkpoints stay.
       max_skipped_in_a_row: non-finite updates in a row that end the run.
       data_workers: processes that make batches; 0 for threads.
@@ -52,7 +54,7 @@ class Run:
     run_dir: str
     model: type[LanguageModel]
     config: ModelConfig
-    mixture: Mixture
+    phases: Sequence[Phase]
     vocabulary: Any
     cache_dir: str
     lengths: Mapping[str, int]
@@ -70,6 +72,7 @@ class Run:
     log_every: int = 10
     eval_every: int = 1000
     eval_batches: int | None = 16
+    eval_mixture: Mixture | None = None
     checkpoint_every: int = 1000
     retention: Retention = Retention()
     max_skipped_in_a_row: int = 10
@@ -87,12 +90,12 @@ class Run:
                 f"set --gin.ModelConfig.vocab_size={self.vocabulary.vocab_size} or more."
             )
 
-    def identity(self) -> dict[str, Any]:
-        """What must not change between two starts of the same run, as plain JSON."""
+    def identity(self, phase_starts: Sequence[int]) -> dict[str, Any]:
+        """What must not change between two starts of the same run, as plain JSON; `phase_starts` are steps."""
         described = {
             "model": self.model.__name__,
             **{f"ModelConfig.{key}": value for key, value in dataclasses.asdict(self.config).items()},
-            "mixture": [[c.corpus.name, c.corpus.version, repr(c.objective), c.rate] for c in self.mixture.components],
+            "phases": [_described(phase, start) for phase, start in zip(self.phases, phase_starts, strict=True)],
             "vocabulary fingerprint": self.vocabulary.fingerprint,
             "Run.lengths": dict(self.lengths),
             "Run.packing": self.packing,
@@ -104,13 +107,13 @@ class Run:
         }
         return json.loads(json.dumps(described, default=repr))
 
-    def claim_directory(self) -> Path:
+    def claim_directory(self, phase_starts: Sequence[int]) -> Path:
         """Creates the run directory, or checks that it is this run's.
 
         Raises:
           UserError: it belongs to a run of another configuration, or cannot be written.
         """
-        folder, identity = Path(self.run_dir), self.identity()
+        folder, identity = Path(self.run_dir), self.identity(phase_starts)
         record = folder / "run.json"
         if record.exists():
             before = json.loads(record.read_text(encoding="utf-8"))
@@ -132,3 +135,12 @@ class Run:
                 f"Run.run_dir = {self.run_dir}: {error.strerror}; set --gin.RUN_DIR to a folder you may write."
             ) from error
         return folder
+
+
+def _described(phase: Phase, start: int) -> dict[str, Any]:
+    """What a phase learns from when; its learning rate may be changed while a run stands still."""
+    components = [
+        [c.corpus.name, c.corpus.version, repr(c.objective), c.rate, repr(c.mode), repr(c.metadata)]
+        for c in phase.components
+    ]
+    return {"start": start, "components": components, "subset": dict(phase.subset)}

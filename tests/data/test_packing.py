@@ -12,12 +12,14 @@ from t5x_domain.objectives.language_modeling import CausalLM, PrefixLM
 from t5x_domain.objectives.span_corruption import SpanCorruption
 
 
-def example(inputs, targets, corpus_id=0):
-    return Example(np.array(inputs, np.int32), np.array(targets, np.int32), corpus_id)
+def example(inputs, targets, component_id=0, prefix=()):
+    return Example(
+        *(np.array(tokens, np.int32) for tokens in (inputs, targets)), component_id, np.array(prefix, np.int32)
+    )
 
 
 # The two examples in the docstrings of seqio.EncDecFeatureConverter and seqio.PrefixLMFeatureConverter.
-PAIR = [example([7, 8, 5, 1], [3, 9, 1], corpus_id=2), example([8, 4, 9, 3, 1], [4, 1], corpus_id=5)]
+PAIR = [example([7, 8, 5, 1], [3, 9, 1], component_id=2), example([8, 4, 9, 3, 1], [4, 1], component_id=5)]
 
 
 def assert_features(batch, expected):
@@ -38,7 +40,7 @@ def test_encoder_decoder_as_seqio_documents_it():
             "decoder_loss_weights": [1, 1, 1, 1, 1, 0, 0],
             "decoder_segment_ids": [1, 1, 1, 2, 2, 0, 0],
             "decoder_positions": [0, 1, 2, 0, 1, 0, 0],
-            "corpus_ids": [2, 2, 2, 5, 5, 0, 0],
+            "component_ids": [2, 2, 2, 5, 5, 0, 0],
         },
     )
 
@@ -53,7 +55,7 @@ def test_decoder_only_as_seqio_documents_it():
             "decoder_positions": [0, 1, 2, 3, 4, 5, 6, 0, 1, 2, 3, 4, 5, 6, 0],
             "decoder_segment_ids": [1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 0],
             "decoder_prefix": [1, 1, 1, 1, 1, 0, 0, 1, 1, 1, 1, 1, 1, 0, 0],
-            "corpus_ids": [2, 2, 2, 2, 2, 2, 2, 5, 5, 5, 5, 5, 5, 5, 0],
+            "component_ids": [2, 2, 2, 2, 2, 2, 2, 5, 5, 5, 5, 5, 5, 5, 0],
         },
     )
 
@@ -74,6 +76,105 @@ def test_token_zero_keeps_segment_and_loss():
     assert batch["decoder_input_tokens"].tolist() == [[0, 7, 0, 0]]
 
 
+# The same two with metadata and a mode token before them, and a causal example with metadata between.
+WITH_PREFIX = [
+    example([7, 8, 5, 1], [3, 9, 1], component_id=2, prefix=[20, 21, 22]),
+    example([], [6, 6, 1], component_id=3, prefix=[23, 24]),
+    example([8, 4, 9, 3, 1], [4, 1], component_id=5, prefix=[25]),
+]
+
+
+def test_prefix_in_the_encoder():
+    """It stands before the inputs, in their segment and their positions; the decoder does not see it."""
+    lengths = {"inputs": 16, "targets": 10}
+    assert_features(
+        EncoderDecoder().batch([WITH_PREFIX], lengths),
+        {
+            "encoder_input_tokens": [20, 21, 22, 7, 8, 5, 1, 23, 24, 25, 8, 4, 9, 3, 1, 0],
+            "encoder_segment_ids": [1, 1, 1, 1, 1, 1, 1, 2, 2, 3, 3, 3, 3, 3, 3, 0],
+            "encoder_positions": [0, 1, 2, 3, 4, 5, 6, 0, 1, 0, 1, 2, 3, 4, 5, 0],
+            "decoder_target_tokens": [3, 9, 1, 6, 6, 1, 4, 1, 0, 0],
+            "decoder_input_tokens": [0, 3, 9, 0, 6, 6, 0, 4, 0, 0],
+            "decoder_loss_weights": [1, 1, 1, 1, 1, 1, 1, 1, 0, 0],
+            "decoder_segment_ids": [1, 1, 1, 2, 2, 2, 3, 3, 0, 0],
+            "decoder_positions": [0, 1, 2, 0, 1, 2, 0, 1, 0, 0],
+            "component_ids": [2, 2, 2, 3, 3, 3, 5, 5, 0, 0],
+        },
+    )
+
+
+def test_prefix_in_a_decoder():
+    """It is not learnt (weights 0). Every position may see the start token, which the shift puts in the place of the
+    first token, and prefix and inputs: 1 + 3 + 4 of the first example. A causal example, which has no inputs, keeps its
+    prefix causal (MeCo, section 2): only the start token is seen by all."""
+    assert_features(
+        DecoderOnly().batch([WITH_PREFIX], {"inputs": 14, "targets": 10}),
+        {
+            "decoder_target_tokens": [
+                *(20, 21, 22, 7, 8, 5, 1, 3, 9, 1),
+                *(23, 24, 6, 6, 1),
+                *(25, 8, 4, 9, 3, 1, 4, 1),
+                0,
+            ],
+            "decoder_input_tokens": [
+                *(0, 20, 21, 22, 7, 8, 5, 1, 3, 9),
+                *(0, 23, 24, 6, 6),
+                *(0, 25, 8, 4, 9, 3, 1, 4),
+                0,
+            ],
+            "decoder_loss_weights": [0] * 7 + [1] * 3 + [0] * 2 + [1] * 3 + [0] * 6 + [1] * 2 + [0],
+            "decoder_positions": [*range(10), *range(5), *range(8), 0],
+            "decoder_segment_ids": [1] * 10 + [2] * 5 + [3] * 8 + [0],
+            "decoder_prefix": [1] * 8 + [0] * 2 + [1] + [0] * 4 + [1] * 7 + [0] + [0],
+            "component_ids": [2] * 10 + [3] * 5 + [5] * 8 + [0],
+        },
+    )
+
+
+def test_without_prefix_nothing_changes():
+    plain = [[Example(e.inputs, e.targets, e.component_id) for e in PAIR]]
+    empty = [[e._replace(prefix=np.empty(0, np.int32)) for e in PAIR]]
+    for layout in (EncoderDecoder(), DecoderOnly()):
+        first, second = (layout.batch(rows, {"inputs": 10, "targets": 7}) for rows in (plain, empty))
+        for name in first:
+            np.testing.assert_array_equal(first[name], second[name], err_msg=name)
+
+
+def test_causal_examples_leave_the_encoder_empty():
+    """Nothing to attend to: no segment of theirs is in the encoder."""
+    batch = EncoderDecoder().batch([[example([], [5, 6, 1]), *PAIR[1:]]], {"inputs": 6, "targets": 6})
+    assert batch["encoder_segment_ids"].tolist() == [[2, 2, 2, 2, 2, 0]]
+    assert batch["encoder_input_tokens"].tolist() == [[8, 4, 9, 3, 1, 0]]
+    assert batch["decoder_segment_ids"].tolist() == [[1, 1, 1, 2, 2, 0]]
+    assert batch["decoder_loss_weights"].tolist() == [[1, 1, 1, 1, 1, 0]]
+
+
+@pytest.mark.parametrize("layout", [EncoderDecoder(), DecoderOnly()])
+def test_a_prefix_takes_the_room_that_the_layout_says(layout):
+    """`cost` leaves the prefix out; `prefix_cost` is the room that each of its tokens takes."""
+    objective, rng = SpanCorruption(), np.random.default_rng(0)
+    features = objective(np.arange(3, 53, dtype=np.int32), rng, ByteVocabulary())
+    prefix = [20, 21, 22, 23, 24]
+    batch = layout.batch(
+        [[example(features["inputs"], features["targets"], prefix=prefix)]], {"inputs": 80, "targets": 80}
+    )
+    taken = [np.count_nonzero(batch.get(f"{side}_segment_ids", 0)) for side in ("encoder", "decoder")]
+    cost = np.array(layout.cost(objective, 50)) + 5 * np.array(layout.prefix_cost)
+    assert taken == cost.tolist()
+
+
+def test_room_of_random_lengths():
+    """A uniform cut of 11 tokens: half on each side on average, at most 10 and EOS; joined, always 11 and two EOS."""
+    uniform, suffix = PrefixLM(), PrefixLM(split="suffix")
+    assert EncoderDecoder().random_cost(uniform) and not DecoderOnly().random_cost(uniform)
+    assert not EncoderDecoder().random_cost(suffix) and not EncoderDecoder().random_cost(CausalLM())
+    assert EncoderDecoder().cost(uniform, 11) == (11, 11)
+    assert EncoderDecoder().mean_cost(uniform, 11) == (6.5, 6.5)
+    assert DecoderOnly().cost(uniform, 11) == DecoderOnly().mean_cost(uniform, 11) == (0, 13)
+    assert EncoderDecoder().mean_cost(suffix, 12) == EncoderDecoder().cost(suffix, 12) == (10, 4)
+    assert EncoderDecoder().cost(CausalLM(), 11) == (0, 12)
+
+
 def test_row_without_examples_is_zeros():
     batch = EncoderDecoder().batch([[], PAIR], {"inputs": 10, "targets": 7})
     assert all(not feature[0].any() and feature[1].any() for feature in batch.values())
@@ -83,17 +184,30 @@ TOKENS = st.lists(st.integers(2, 99), min_size=1, max_size=6).map(lambda tokens:
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.lists(st.tuples(TOKENS, TOKENS), min_size=1, max_size=6), st.sampled_from([EncoderDecoder(), DecoderOnly()]))
-def test_segments_give_the_examples_back(pairs, layout):
-    lengths = {"inputs": 42, "targets": 42}
-    batch = layout.batch([[example(*pair) for pair in pairs]], lengths)
-    for segment, (inputs, targets) in enumerate(pairs, start=1):
-        decoded = batch["decoder_target_tokens"][batch["decoder_segment_ids"] == segment].tolist()
+@given(
+    st.lists(st.tuples(st.one_of(st.just([]), TOKENS), TOKENS, st.lists(st.integers(0, 99), max_size=4)), max_size=6),
+    st.sampled_from([EncoderDecoder(), DecoderOnly()]),
+)
+def test_segments_give_the_examples_back(triples, layout):
+    lengths = {"inputs": 66, "targets": 42}
+    rows = [[example(inputs, targets, 7, prefix) for inputs, targets, prefix in triples]]
+    batch = {name: feature[0] for name, feature in layout.batch(rows, lengths).items()}
+    for segment, (inputs, targets, prefix) in enumerate(triples, start=1):
+        own = batch["decoder_segment_ids"] == segment
+        decoded = batch["decoder_target_tokens"][own].tolist()
         if isinstance(layout, EncoderDecoder):
-            decoded = batch["encoder_input_tokens"][batch["encoder_segment_ids"] == segment].tolist() + decoded
-        assert decoded == inputs + targets
-    weights = batch["decoder_loss_weights"]
-    assert weights.sum() == sum(len(targets) for _, targets in pairs)
+            encoded = batch["encoder_input_tokens"][batch["encoder_segment_ids"] == segment].tolist()
+            assert (encoded, decoded) == (prefix + inputs, targets)
+        else:
+            assert decoded == prefix + inputs + targets
+            seen_by_all = 1 + (len(prefix + inputs) if inputs else 0)
+            assert batch["decoder_prefix"][own].tolist() == [1] * seen_by_all + [0] * (len(decoded) - seen_by_all)
+        # Loss on the targets and on nothing else; a segment begins at position 0 and behind the start token.
+        assert batch["decoder_target_tokens"][own & (batch["decoder_loss_weights"] == 1)].tolist() == targets
+        assert batch["decoder_positions"][own].tolist() == list(range(len(decoded)))
+        assert batch["decoder_input_tokens"][own].tolist() == [0, *decoded[:-1]]
+        assert set(batch["component_ids"][own]) == {7}
+    assert batch["decoder_loss_weights"].sum() == sum(len(targets) for _, targets, _ in triples)
 
 
 def test_raw_lengths_fill_the_rows():
@@ -107,8 +221,7 @@ def test_raw_lengths_fill_the_rows():
 
 def test_checks():
     vocabulary = ByteVocabulary(extra_ids=100)
-    with pytest.raises(UserError, match="causal_lm leaves an encoder without inputs; use the DecoderOnly layout"):
-        EncoderDecoder().check(CausalLM(), {"inputs": 8, "targets": 8}, vocabulary)
+    EncoderDecoder().check(CausalLM(), {"inputs": 8, "targets": 8}, vocabulary)
     with pytest.raises(UserError, match="targets length 100 is too short"):
         EncoderDecoder().check(SpanCorruption(), {"inputs": 512, "targets": 100}, vocabulary)
     with pytest.raises(UserError, match="need .* sentinels"):

@@ -7,6 +7,7 @@ import pytest
 
 from t5x_domain.data import tasks
 from t5x_domain.data.cache import TokenCache
+from t5x_domain.data.curriculum import Phase
 from t5x_domain.data.loader import Batches
 from t5x_domain.data.packing import DecoderOnly, EncoderDecoder, Example
 from t5x_domain.data.preparation import prepare
@@ -77,7 +78,7 @@ def test_loader_and_seqio_task_make_the_same_kind_of_examples(mixture, tmp_path)
     )
     theirs = [(features["inputs"], features["targets"]) for features in dataset.as_numpy_iterator()]
 
-    prepare(mixture, VOCABULARY, str(tmp_path))
+    prepare([Phase(mixture)], VOCABULARY, str(tmp_path))
     cache = TokenCache.open(tmp_path, "parity", vocabulary_fingerprint=VOCABULARY.fingerprint, version=1)
     batches = Batches(
         [cache.split("train")],

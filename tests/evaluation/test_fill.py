@@ -142,7 +142,7 @@ def test_a_model_that_learned_its_examples_by_heart_fills_them(model_class, layo
     batch = layout.batch([[packing.Example(e["inputs"], e["targets"], 0)] for e in examples], lengths)
     model_of = blueprint(model_class, mesh)
     adam = optax.adam(1e-2)
-    step = make_train_step(model_of, functools.partial(language_model_loss, num_corpora=1), adam, seed=0)
+    step = make_train_step(model_of, functools.partial(language_model_loss, num_components=1), adam, seed=0)
     state = model_of.init_state(model_of.init(0), adam)
 
     fill = functools.partial(fill_spans, model_of, examples=examples, vocabulary=BYTES, max_targets=lengths["targets"])

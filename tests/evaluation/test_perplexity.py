@@ -50,7 +50,7 @@ def test_a_model_that_knows_nothing_has_the_perplexity_of_its_vocabulary():
     example = packing.Example(np.arange(3, 8, dtype=np.int32), np.arange(3, 9, dtype=np.int32), 0)
     batch = packing.EncoderDecoder().batch([[example], []], {"inputs": 8, "targets": 8})
     eval_step = make_eval_step(
-        blueprint, lambda model, batch, rng: language_model_loss(model, batch, rng, num_corpora=1)
+        blueprint, lambda model, batch, rng: language_model_loss(model, batch, rng, num_components=1)
     )
     scores = held_out_scores(eval_step, params, [batch], bytes_per_token=2.0)
     assert scores["targets"] == 6

@@ -158,8 +158,8 @@ def test_every_step_is_logged_once_and_its_examples_are_seen_once(workspace, und
     seen = [chunk for step in range(STEPS) for chunk in feed.batches.seen(step)]
     assert len(seen) == len(set(seen)) == STEPS * run.batch_size
     # No two chunks of a corpus overlap within an epoch.
-    for corpus in feed.corpora:
-        chunks = sorted((c.epoch, c.start_token, c.stop_token) for c in seen if c.corpus == corpus)
+    for component in feed.components:
+        chunks = sorted((c.epoch, c.start_token, c.stop_token) for c in seen if c.component == component.name)
         assert all(a[0] < b[0] or a[2] <= b[1] for a, b in zip(chunks, chunks[1:], strict=False))
 
 
@@ -227,6 +227,7 @@ def test_init_from_takes_the_parameters_and_starts_at_step_0(workspace, undistur
     assert first["corpora"] == lines(undisturbed / "evaluations.jsonl")[-1]["corpora"]
 
 
+METADATA = ["--gin.mixture_of_denoisers.metadata=@Metadata()", "--gin.Run.packing='first_fit'"]
 REFUSED = {
     "other_configuration": (["--gin.ModelConfig.mlp_dim=96"], r"ModelConfig.mlp_dim was 64, is 96"),
     "batch": (["--gin.BATCH_SIZE=9", "--gin.Run.accumulation_steps=2"], r"Run.batch_size = 9 does not divide"),
@@ -235,9 +236,28 @@ REFUSED = {
     "unknown_gin_file": (["--gin_file=gin/models/none.gin"], r"gin/models/none.gin"),
     "vocabulary": (["--gin.ByteVocabulary.extra_ids=120"], r"vocabulary"),
     "too_few_sentinels": (
-        ["--gin.SpanCorruption.mean_span_length=1.0", "--gin.LENGTHS={'inputs':900,'targets':600}"],
+        ["--gin.DENOISERS=[('R', 1, 0.15, None, 1.0)]", "--gin.LENGTHS={'inputs':900,'targets':600}"],
         r"need \d+ sentinels but the vocabulary has only 100; set ByteVocabulary.extra_ids",
     ),
+    "unknown_denoiser": (["--gin.DENOISERS='ul3'"], r"unknown denoiser mix 'ul3'; choose one of .*ul2_442"),
+    "unknown_family": (["--gin.DENOISERS=[('Q', 3, 0.15, None, 1.0)]"], r"unknown denoiser 'Q'; the families are R,"),
+    "weights": (["--gin.DENOISERS=[('R', 3, 0.15, None, 0.7)]"], r"the weights 0.7 sum to 0.7; make them sum to 1"),
+    "missing_mode": (
+        ["--gin.DENOISERS='ul2_442'", "--gin.mixture_of_denoisers.mode_form='id'"],
+        r"mode token missing in the vocabulary: .* for '\[R\]'; train a vocabulary",
+    ),
+    "template_field": (
+        [*METADATA, "--gin.Metadata.templates=('{author}',)"],
+        r"field author, which nothing in corpus 'biomedical', split 'train', has; the fields there are: .*source",
+    ),
+    "metadata_packing": (METADATA[:1], r"set Run.packing='first_fit'"),
+    "phases": (
+        ["--gin.PHASES=[@a/Phase(), @b/Phase()]", "--gin.a/Phase.share=0.5", "--gin.b/Phase.share=0.4"],
+        r"the phases do not fill the run of 24 steps \(TRAIN_STEPS\), they have phase 1 12, phase 2 10",
+    ),
+    "phase_lengths": (["--gin.Phase.share=1.0", "--gin.Phase.steps=24"], r"Phase.share and Phase.steps are both set"),
+    "subset": (["--gin.Phase.subset={'law': 3}"], r"Phase.subset names the corpus 'law', but the mixture has only"),
+    "metadata_rate": (["--gin.Phase.metadata_rate=0.0"], r"no component of mixture 'denoisers' has metadata"),
     "small_embedding": (["--gin.ModelConfig.vocab_size=300"], r"ModelConfig.vocab_size = 300 is smaller"),
     "no_cache": (["--gin.CACHE_DIR='/nowhere'"], r"/nowhere"),
     "macro_not_set": (["--gin.Run.total_steps=%STEPS"], r"STEPS is not set; bind it in .* --gin.STEPS="),

@@ -94,9 +94,9 @@ def test_loss_is_the_mean_over_targets_and_corpora_add_up():
     assert sums["nll"] == pytest.approx(float((nll * weights).sum()), rel=250 * 2.0**-24)
     assert sums["weight"] == weights.sum()
     for corpus in (0, 1):
-        here = weights * (rows["corpus_ids"] == corpus)
-        assert sums["corpus_nll"][corpus] == pytest.approx(float((nll * here).sum()), rel=250 * 2.0**-24)
-        assert sums["corpus_weight"][corpus] == here.sum()
+        here = weights * (rows["component_ids"] == corpus)
+        assert sums["component_nll"][corpus] == pytest.approx(float((nll * here).sum()), rel=250 * 2.0**-24)
+        assert sums["component_weight"][corpus] == here.sum()
     assert sums["correct"] == ((log_p.argmax(-1) == rows["decoder_target_tokens"]) * weights).sum()
 
 

@@ -22,7 +22,7 @@ CONFIG = ModelConfig(
     num_decoder_layers=2,
     dtype="float32",
 )
-LOSS = functools.partial(language_model_loss, num_corpora=2, z_loss=1e-4)
+LOSS = functools.partial(language_model_loss, num_components=2, z_loss=1e-4)
 
 
 def mesh(**shape):
@@ -48,7 +48,7 @@ def batch(rows=16, encoder=24, decoder=16, seed=0):
     result["decoder_target_tokens"] = rng.integers(1, VOCAB, (rows, decoder)).astype(np.int32)
     result["decoder_loss_weights"] = (result["decoder_segment_ids"] > 0).astype(np.float32)
     result["decoder_prefix"] = (result["decoder_positions"] < 3).astype(np.int32)
-    result["corpus_ids"] = rng.integers(0, 2, (rows, decoder)).astype(np.int32)
+    result["component_ids"] = rng.integers(0, 2, (rows, decoder)).astype(np.int32)
     return result
 
 

@@ -1,0 +1,233 @@
+"""From pieces of a corpus to examples: reads the token cache and applies objective, mode token and metadata."""
+
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import numpy as np
+
+from t5x_domain.data.cache import CachedSplit
+from t5x_domain.data.first_fit import Shape, Source
+from t5x_domain.data.packing import Example, Layout
+from t5x_domain.data.sampling import ExampleRandom, Piece, random_bits
+from t5x_domain.data.tasks import Component
+from t5x_domain.data.vocabulary import ByteVocabulary, Vocabulary
+from t5x_domain.errors import UserError
+from t5x_domain.objectives.prefix import NO_TOKENS
+
+# Metadata of documents are read this many at a time.
+_DOCUMENTS_AT_ONCE = 4096
+
+
+class TokenLine:
+    """The first documents of a split as one line of token ids, with an EOS after each if asked."""
+
+    def __init__(self, split: CachedSplit, num_documents: int, separator: int | None = None):
+        self.split = split
+        self.num_documents = num_documents
+        self._separator = separator
+        self._stored = split.offsets[: num_documents + 1]
+        self.offsets = self._stored if separator is None else self._stored + np.arange(num_documents + 1)
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.offsets[-1])
+
+    def document(self, position: int) -> int:
+        """The document that a token belongs to."""
+        return int(np.searchsorted(self.offsets, position, side="right")) - 1
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens [start, stop), int32."""
+        first = self.document(start)
+        documents = self.split.documents(first, int(np.searchsorted(self.offsets, stop, side="left")))
+        if self._separator is not None:
+            end = np.array([self._separator], np.int32)
+            documents = [part for document in documents for part in (document, end)]
+        begin = int(self.offsets[first])
+        return np.concatenate(documents)[start - begin : stop - begin]
+
+    def parts(self, piece: Piece) -> list[tuple[int, int]]:
+        """(start, stop) of a piece within the line: two if it wraps."""
+        end = self.num_tokens
+        return [(piece.start, piece.stop)] if piece.stop <= end else [(piece.start, end), (0, piece.stop - end)]
+
+    def stored(self, position: int) -> int:
+        """Tokens of the split before a position, separators not counted."""
+        if self._separator is None:
+            return position
+        document = self.document(position)
+        return min(position - document, int(self._stored[min(document + 1, self.num_documents)]))
+
+    def read_all(self, pieces: Iterable[Piece]) -> dict[Piece, np.ndarray]:
+        """Tokens of all pieces, int32; neighbours in the cache are read together, which costs less than one by one."""
+        result = {}
+        run: list[Piece] = []
+        for piece in sorted(pieces, key=lambda piece: piece.start):
+            if run and piece.start != run[-1].stop:
+                result.update(self._read_run(run))
+                run = []
+            run.append(piece)
+        return result | (self._read_run(run) if run else {})
+
+    def _read_run(self, run: list[Piece]) -> dict[Piece, np.ndarray]:
+        whole = run[0]._replace(stop=run[-1].stop)
+        parts = [self.read(start, stop) for start, stop in self.parts(whole)]
+        tokens = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return {piece: tokens[piece.start - whole.start : piece.stop - whole.start] for piece in run}
+
+
+class MetadataOf:
+    """Which documents of a line carry metadata, and which."""
+
+    def __init__(self, component: Component, line: TokenLine, vocabulary: Vocabulary | ByteVocabulary, key: int):
+        """`key` seeds the draw.
+
+        Raises:
+          UserError: a template needs a field that no document has.
+        """
+        self._metadata, self._line, self._vocabulary, self._key = component.metadata, line, vocabulary, key
+        split = line.split
+        self._metadata.check_fields(split.metadata_fields, f"corpus '{split.corpus}', split '{split.split}',")
+        self._encode = functools.lru_cache(maxsize=1 << 16)(self._encoded)
+        if self._metadata.fields is not None:
+            self._lengths = np.full(line.num_documents, len(self._encode(self._metadata.text({}))), np.int64)
+        else:
+            name = f"metadata-{self._metadata.fingerprint}-{vocabulary.fingerprint[:16]}"
+            self._lengths = split.derived(name, self._all_lengths)[: line.num_documents].astype(np.int64)
+
+    @property
+    def longest(self) -> int:
+        """Most tokens that a document carries."""
+        return int(self._lengths.max()) if self._metadata.rate else 0
+
+    @property
+    def mean(self) -> float:
+        """Expected tokens of a document."""
+        return self._metadata.rate * int(self._lengths.sum()) / len(self._lengths)
+
+    def lengths(self, epoch: int, documents: np.ndarray) -> np.ndarray:
+        """Tokens that each of the documents (int64 [n]) carries in an epoch, int64 [n]."""
+        return self._lengths[documents] * self._drawn(epoch, documents)
+
+    def of(self, piece: Piece) -> np.ndarray:
+        """Token ids for the example of a piece, int32 [n]."""
+        document = self._line.document(piece.start)
+        if not self._drawn(piece.epoch, np.array([document]))[0]:
+            return NO_TOKENS
+        fields = {} if self._metadata.fields is not None else self._line.split.metadata(document, document + 1)[0]
+        return self._encode(self._metadata.text(fields))
+
+    def _encoded(self, text: str) -> np.ndarray:
+        return self._vocabulary.encode(text)[: self._metadata.max_tokens] if text else NO_TOKENS
+
+    def _all_lengths(self) -> np.ndarray:
+        split = self._line.split
+        return np.array(
+            [
+                len(self._encode(self._metadata.text(fields)))
+                for start in range(0, split.num_documents, _DOCUMENTS_AT_ONCE)
+                for fields in split.metadata(start, min(start + _DOCUMENTS_AT_ONCE, split.num_documents))
+            ],
+            np.uint16,
+        )
+
+    def _drawn(self, epoch: int, documents: np.ndarray) -> np.ndarray:
+        """Whether documents carry their metadata in an epoch: a hash of (seed, epoch, document) against the rate."""
+        if self._metadata.rate in (0, 1):
+            return np.full(len(documents), bool(self._metadata.rate))
+        bits = documents.astype(np.uint64) ^ np.uint64(random_bits(self._key, epoch))
+        # splitmix64's finaliser (Steele et al. 2014)
+        bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return (bits ^ (bits >> np.uint64(31))) < np.uint64(min(int(self._metadata.rate * 2**64), 2**64 - 1))
+
+
+class ExampleMaker:
+    """Makes the examples of one component, and says how much room they take before any is read."""
+
+    def __init__(
+        self,
+        component: Component,
+        component_id: int,
+        line: TokenLine,
+        vocabulary: Vocabulary | ByteVocabulary,
+        layout: Layout,
+        lengths: Mapping[str, int],
+        seed: int,
+    ):
+        """`component_id` marks the component's targets in a batch.
+
+        Raises:
+          UserError: lengths that leave no room for text, a vocabulary without the mode token or with too few
+            sentinels, metadata that no document has.
+        """
+        self.component, self.line, self._id = component, line, component_id
+        self.objective, self._vocabulary, self._layout = component.objective, vocabulary, layout
+        self._mode = component.mode.ids(vocabulary) if component.mode else NO_TOKENS
+        key = random_bits(seed, component_id, 2)
+        self._metadata = MetadataOf(component, line, vocabulary, key) if component.metadata else None
+        self._seed = seed
+        before = len(self._mode) + (self._metadata.longest if self._metadata else 0)
+        self._lengths, self._room = lengths, {**lengths, "inputs": lengths["inputs"] - before}
+        rooms = zip(layout.capacity(self._room), layout.capacity(lengths), strict=True)
+        if before and min(room for room, whole in rooms if whole) < 2:
+            raise UserError(
+                f"{component.name}: metadata and mode token take {before} tokens, which leaves no room in "
+                f"{dict(lengths)}; raise the inputs length or lower Metadata.max_tokens."
+            )
+
+    @property
+    def raw_length(self) -> int:
+        """Raw tokens whose example fills a row, for 'concat_and_split'.
+
+        Raises:
+          UserError: the example would overrun the targets, or the sentinels of the vocabulary.
+        """
+        self._layout.check(self.objective, self._room, self._vocabulary)
+        return self._layout.raw_length(self.objective, self._room)
+
+    def shape(self) -> Shape:
+        """What pieces take of a row, for 'first_fit'."""
+        capacity = self._layout.capacity(self._room)
+        lengths = [(0, 0)]
+        for num_raw in range(1, sum(self._lengths.values())):
+            cost = self._layout.cost(self.objective, num_raw)
+            if any(taken > size for taken, size in zip(cost, capacity, strict=True)):
+                break
+            lengths.append(cost)
+        longest = len(lengths) - 1
+        if longest < 2:
+            raise UserError(
+                f"{self.objective.name}: sequences of {self._lengths} are too short for two tokens of text."
+            )
+        self.objective.check_sentinels(longest, self._vocabulary)
+        mode = np.array(self._layout.prefix_cost)[:, None] * len(self._mode)
+        means = [self._layout.mean_cost(self.objective, num_raw) for num_raw in range(longest + 1)]
+        table, mean = np.array(lengths, np.int64).T + mode, np.array(means, np.float64).T + mode
+        table[:, 0] = mean[:, 0] = 0
+        return Shape(
+            table,
+            mean=mean,
+            draw=self._draw(mode) if self._layout.random_cost(self.objective) else None,
+            prefix_cost=self._layout.prefix_cost,
+            prefixes=self._metadata.lengths if self._metadata else None,
+            mean_prefix=self._metadata.mean if self._metadata else 0.0,
+        )
+
+    def _draw(self, mode: np.ndarray) -> Callable[[Sequence[Piece]], np.ndarray]:
+        def draw(pieces: Sequence[Piece]) -> np.ndarray:
+            random = ExampleRandom(self._seed)  # threads that plan at once need one each
+            lengths = [self.objective.drawn_lengths(p.stop - p.start, random.at(p)) for p in pieces]
+            return np.array(lengths, np.int64).reshape(-1, 2).T + mode
+
+        return draw
+
+    def source(self, key: tuple[int, ...]) -> Source:
+        """The documents, for 'first_fit'."""
+        return Source(key, self.line.offsets)
+
+    def example(self, piece: Piece, tokens: np.ndarray, random: ExampleRandom) -> Example:
+        """The example of a piece (int32 [n]); the same whenever it is asked for."""
+        features = self.objective(tokens, random.at(piece), self._vocabulary)
+        prefix = self._mode if self._metadata is None else np.concatenate([self._metadata.of(piece), self._mode])
+        return Example(features["inputs"], features["targets"], self._id, prefix)
