@@ -1,0 +1,580 @@
+"""Draws the pictures of docs/objectives.md and fills in its tables, both from what the code does.
+
+    python docs/make_figures.py                     writes docs/figures/*.svg and docs/objectives.md
+    python docs/make_figures.py --output=DIR        the same into DIR
+
+The objectives run on the words of a record of data/sample, so what is drawn is what they return. Everything is text and
+depends on nothing but the code: the same code gives the same bytes.
+"""
+
+# ruff: noqa: ANN201, D101, D103 -- a script, like those of benchmarks/
+
+import argparse
+import gzip
+import json
+from pathlib import Path
+from typing import NamedTuple
+from xml.sax.saxutils import escape
+
+import numpy as np
+
+from t5x_domain.data.packing import DecoderOnly, EncoderDecoder, Example
+from t5x_domain.objectives.language_modeling import CausalLM, PrefixLM
+from t5x_domain.objectives.prefix import Metadata
+from t5x_domain.objectives.span_corruption import SpanCorruption
+from t5x_domain.objectives.ul2 import PRESETS, RELEASED_MODES
+
+DOCS = Path(__file__).parent
+SAMPLE = DOCS.parent / "data/sample/biomedical.jsonl.gz"
+# ChEBI's royal jelly, 80 words; and two short records of the Gene Ontology and of MONDO.
+LONG, SHORT = "CHEBI:78665", ("GO:0043670", "MONDO:0002436")
+
+# Mid-tones on a light card, so that the pictures can be read on light and on dark pages.
+CARD, EDGE, INK, FAINT, PAPER = "#fcfbf8", "#d5d2c8", "#24292f", "#6a7079", "#ffffff"
+BLUE, ORANGE, GREEN, PURPLE, SLATE = "#2b6cb0", "#c05621", "#2f855a", "#6b46c1", "#4a5568"
+TINTS = {BLUE: "#dbe8f5", ORANGE: "#fae3d3", GREEN: "#d9eee2", PURPLE: "#e6defa", SLATE: "#e4e7ec", FAINT: "#efeeea"}
+FONT = "Helvetica, Arial, 'Liberation Sans', sans-serif"
+# Advance widths of Helvetica's ASCII characters from the space on, in thousandths of the font size.
+WIDTHS = [
+    *(278, 278, 355, 556, 556, 889, 667, 222, 333, 333, 389, 584, 278, 333, 278, 278, 556, 556, 556, 556, 556, 556),
+    *(556, 556, 556, 556, 278, 278, 584, 584, 584, 556, 1015, 667, 667, 722, 722, 667, 611, 778, 722, 278, 500, 667),
+    *(556, 833, 722, 778, 667, 778, 722, 667, 611, 722, 667, 944, 667, 667, 611, 278, 278, 278, 469, 556, 222, 556),
+    *(556, 500, 556, 556, 278, 556, 556, 222, 222, 500, 222, 833, 556, 556, 556, 556, 333, 500, 278, 556, 500, 722),
+    *(500, 500, 500, 334, 260, 334, 584),
+]
+WIDTH, MARGIN, PILL_SIZE = 900, 22, 10.5
+
+
+def text_width(text, size):
+    return sum(WIDTHS[ord(char) - 32] if " " <= char <= "~" else 556 for char in text) * size / 1000
+
+
+def pill_width(text):
+    return max(text_width(text, PILL_SIZE) * 1.07 + 9, 16)  # bold is wider
+
+
+class Drawing:
+    """An SVG picture on a card, written from top to bottom."""
+
+    def __init__(self, title):
+        self._title = title
+        self._parts = []
+
+    def add(self, name, body=None, **attributes):
+        shown = "".join(f' {key.replace("_", "-")}="{_number(value)}"' for key, value in attributes.items())
+        self._parts.append(f"<{name}{shown}/>" if body is None else f"<{name}{shown}>{escape(body)}</{name}>")
+
+    def rect(self, x, y, width, height, fill, **attributes):
+        self.add("rect", x=x, y=y, width=width, height=height, fill=fill, **attributes)
+
+    def line(self, *points, stroke=INK, **attributes):
+        path = "M" + "L".join(f"{_number(x)} {_number(y)}" for x, y in points)
+        self.add("path", d=path, fill="none", stroke=stroke, **attributes)
+
+    def text(self, x, y, text, *, size=13, fill=INK, anchor="start", **attributes):
+        if text:
+            if "font_weight" not in attributes:  # the layout stays what it is where the font is another one
+                attributes["textLength"] = text_width(text, size)
+            if fill != INK:
+                attributes["fill"] = fill
+            if anchor != "start":
+                attributes["text_anchor"] = anchor
+            self.add("text", text, x=x, y=y, font_size=size, **attributes)
+
+    def bold(self, x, y, text, **attributes):
+        self.text(x, y, text, font_weight="bold", **attributes)
+
+    def pill(self, x, y, text, colour):
+        """A rounded label whose text stands on the line `y`; returns its width."""
+        width = pill_width(text)
+        self.rect(x, y - 11.5, width, 15.5, colour, rx=7.75)
+        self.bold(x + width / 2, y, text, size=PILL_SIZE, fill=PAPER, anchor="middle")
+        return width
+
+    def finish(self, height):
+        return "\n".join(
+            [
+                f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {_number(height)}" width="{WIDTH}" '
+                f'height="{_number(height)}" font-family="{FONT}" fill="{INK}" role="img">',
+                f"<title>{escape(self._title)}</title>",
+                f'<rect x="0.5" y="0.5" width="{WIDTH - 1}" height="{_number(height - 1)}" rx="10" fill="{CARD}" '
+                f'stroke="{EDGE}"/>',
+                *self._parts,
+                "</svg>\n",
+            ]
+        )
+
+
+def _number(value):
+    return f"{value:.1f}".removesuffix(".0") if isinstance(value, float) else value
+
+
+class Words:
+    """A vocabulary whose tokens are the words of some texts, each occurrence a token of its own."""
+
+    eos_id, num_sentinels = 1, 256
+
+    def __init__(self):
+        self._words = []
+
+    def encode(self, text):
+        first = len(self._words) + 2
+        self._words += text.split()
+        return np.arange(first, len(self._words) + 2, dtype=np.int32)
+
+    def sentinel_id(self, numbers):
+        return np.asarray(10_000 + numbers, np.int32)
+
+    def sentinel(self, token):
+        """The number of a sentinel, counted from 1; None for other tokens."""
+        return int(token) - 9_999 if token >= 10_000 else None
+
+    def word(self, token):
+        return "EOS" if token == self.eos_id else self._words[token - 2]
+
+
+def records(*wanted):
+    """Records of the sample by id."""
+    found = {}
+    with gzip.open(SAMPLE, "rt", encoding="utf-8") as lines:
+        for record in map(json.loads, lines):
+            if record["id"] in wanted:
+                found[record["id"]] = record
+    return [found[key] for key in wanted]
+
+
+# What the denoisers do to a text
+
+
+def spans(ids, words):
+    """[(sentinel or None, words)] of `inputs` or `targets`, EOS left out."""
+    result = [(None, [])]
+    for token in ids[:-1]:
+        if words.sentinel(token) is not None:
+            result.append((words.sentinel(token), []))
+        else:
+            result[-1][1].append(words.word(token))
+    return [(number, part) for number, part in result if number is not None or part]
+
+
+class Item(NamedTuple):
+    """A word of a text, the sentinel before it if there is one, and whether the inputs lack the word."""
+
+    sentinel: int | None
+    word: str
+    hidden: bool
+
+
+def span(sentinel, part, hidden):
+    return [Item(None if i else sentinel, word, hidden) for i, word in enumerate(part)]
+
+
+def whole_text(example, words):
+    """The text of an example, put together from its `inputs` and `targets`."""
+    hidden = dict(spans(example["targets"], words))
+    rest = hidden.pop(None, [])  # of objectives without sentinels
+    result = []
+    for sentinel, part in spans(example["inputs"], words):
+        result += span(sentinel, hidden.get(sentinel, []), True) + span(None, part, False)
+    return result + span(None, rest, True)
+
+
+LEFT, LEADING, SIZE, SEED = 152, 20, 13, 5
+
+
+def flow(drawing, y, items, colour, start):
+    """Sets items as lines of text from x = `start` on; returns the last line's y."""
+    x, end = start, None  # `end`: where the highlight of the word before stops
+    for number, word, hidden in items:
+        pill = 0 if number is None else pill_width(str(number)) + 4
+        width = text_width(word, SIZE)
+        if x + pill + width > WIDTH - MARGIN:
+            x, y, end = LEFT, y + LEADING, None
+        if number is not None:
+            drawing.pill(x, y, str(number), colour)
+            x, end = x + pill, None
+        if hidden:
+            left = x - 1 if end is None else end - 1  # no seam between two words
+            drawing.rect(left, y - 11.5, x + width + 1 - left, 15.5, TINTS[colour])
+            drawing.line((left, y + 3.2), (x + width + 1, y + 3.2), stroke=colour, stroke_width=1.6)
+        drawing.text(x, y, word, size=SIZE)
+        end = x + width + 1 if hidden else None
+        x += width + text_width(" ", SIZE) + 0.6
+    return y
+
+
+def denoiser_rows(title, rows, colour, text, legend):
+    """A picture of what each of `rows` (label, two notes, objective, mode token or None) makes of `text`."""
+    drawing = Drawing(title)
+    drawing.text(MARGIN, 30, legend, size=12, fill=FAINT)
+    y = 30
+    for label, notes, objective, mode in rows:
+        words = Words()
+        example = objective(words.encode(text), np.random.default_rng(SEED), words)
+        drawing.line((MARGIN, y + 17), (WIDTH - MARGIN, y + 17), stroke=EDGE)
+        y += 40
+        drawing.bold(MARGIN, y, label, size=15, fill=colour)
+        items = whole_text(example, words)
+        hidden = sum(item.hidden for item in items)
+        sizes = f"{len(example['inputs'])} inputs, {len(example['targets'])} targets"
+        notes = [*notes, f"{hidden} of {len(items)} words", sizes]
+        for i, note in enumerate(notes):
+            drawing.text(MARGIN, y + 18 + 15 * i, note, size=11, fill=FAINT)
+        start = LEFT if mode is None else LEFT + drawing.pill(LEFT, y, mode, SLATE) + 6
+        last = flow(drawing, y, items, colour, start) + 28
+        drawing.text(LEFT, last, "targets", size=11, fill=FAINT)
+        written = [item for number, part in spans(example["targets"], words) for item in span(number, part, False)]
+        last = flow(drawing, last, [*written, Item(None, "EOS", False)], colour, LEFT + 46)
+        y = max(last, y + 18 + 15 * (len(notes) - 1))
+    return drawing.finish(y + 20)
+
+
+def denoisers():
+    """{file: picture} of the denoisers by family."""
+    (record,) = records(LONG)
+    rows = {"R": [], "X": []}
+    for family, length, share, mode, _ in PRESETS["ul2_uniform7"]:
+        if family in rows:
+            notes = (f"spans of {length} on average,", f"{_percent(share)} of the text")
+            rows[family].append((f"{family}({length}, {share:.2f})", notes, SpanCorruption(share, length), mode))
+    mode = RELEASED_MODES["S"]
+    rows["S"] = [
+        ("S, 'suffix'", ("the last quarter", "is predicted"), PrefixLM("suffix"), mode),
+        ("S, 'uniform'", ("from a random word on", "all is predicted"), PrefixLM("uniform"), mode),
+        ("causal LM", ("all is predicted,", "nothing is given"), CausalLM(), None),
+    ]
+    hidden = (
+        "Underlined: not in the inputs, which have a numbered sentinel in its place. Targets: what the model writes."
+    )
+    cut = "Underlined: not in the inputs. Targets: what the model writes."
+    return {
+        "denoisers_r.svg": denoiser_rows("UL2's R-denoisers", rows["R"], BLUE, record["text"], hidden),
+        "denoisers_x.svg": denoiser_rows("UL2's X-denoisers", rows["X"], ORANGE, record["text"], hidden),
+        "denoisers_s.svg": denoiser_rows("Prefix LM and causal LM", rows["S"], GREEN, record["text"], cut),
+    }
+
+
+# How examples lie in rows
+
+STRIP_LEFT = 128
+KINDS = {"metadata": PURPLE, "mode": SLATE, "inputs": BLUE, "targets": GREEN, "padding": FAINT}
+
+
+class Rows:
+    """Two examples of the sample in the rows that the layouts make of them."""
+
+    def __init__(self):
+        self.words = Words()
+        self.kinds = {0: "padding"}
+        objectives = [(SpanCorruption(0.4, 1.5), "[NLG]"), (PrefixLM("suffix"), "[S2S]")]
+        metadata = Metadata(("Source: {source}",))
+        self.examples = []
+        for number, (record, (objective, mode)) in enumerate(zip(records(*SHORT), objectives, strict=True)):
+            before, mode = self._tokens(metadata.text(record), "metadata"), self._tokens(mode, "mode")
+            example = objective(self.words.encode(record["text"]), np.random.default_rng(2), self.words)
+            self.examples.append(Example(example["inputs"], example["targets"], number, np.concatenate([before, mode])))
+        text = self.words.encode(records(*SHORT)[0]["text"])
+        causal = CausalLM()(text, np.random.default_rng(0), self.words)
+        self.causal = Example(causal["inputs"], causal["targets"], 0, self.examples[0].prefix[:2])
+
+    def _tokens(self, text, kind):
+        tokens = self.words.encode(text)
+        self.kinds.update(dict.fromkeys(tokens.tolist(), kind))
+        return tokens
+
+    def kind(self, token, segment, otherwise):
+        return "padding" if segment == 0 else self.kinds.get(int(token), otherwise)
+
+    def label(self, token):
+        return str(self.words.sentinel(token) or self.words.word(token))
+
+
+def cells(drawing, rows, y, tokens, segments, otherwise):
+    """A strip of tokens; returns their (left, right)."""
+    x, places = STRIP_LEFT, []
+    for token, segment in zip(tokens, segments, strict=True):
+        label, kind = rows.label(token) if segment else "", rows.kind(token, segment, otherwise)
+        sentinel = rows.words.sentinel(token) is not None
+        width = max(text_width(label, 11.5) + 9, 19)
+        drawing.rect(
+            x, y, width, 24, KINDS[kind] if sentinel else TINTS[KINDS[kind]], stroke=KINDS[kind], stroke_width=0.8
+        )
+        drawing.text(x + width / 2, y + 16, label, size=11.5, anchor="middle", fill=PAPER if sentinel else INK)
+        places.append((x, x + width))
+        x += width
+    return places
+
+
+def beneath(drawing, y, places, values, segments, name):
+    drawing.text(MARGIN, y, name, size=11, fill=FAINT)
+    for (left, right), value, segment in zip(places, values, segments, strict=True):
+        colour = INK if segment else "#a3a7ad"
+        drawing.text((left + right) / 2, y, str(int(value)), size=11, anchor="middle", fill=colour)
+
+
+def key(drawing, names):
+    x = MARGIN
+    for kind, name in names.items():
+        drawing.rect(x, 22, 13, 13, TINTS[KINDS[kind]], stroke=KINDS[kind], stroke_width=0.8)
+        drawing.text(x + 18, 32, name, size=12)
+        x += 18 + text_width(name, 12) + 20
+    return x
+
+
+NAMES = {"metadata": "metadata", "mode": "mode token", "inputs": "inputs", "targets": "targets"}
+
+
+def encoder_decoder():
+    """The features of one row of an encoder-decoder."""
+    rows = Rows()
+    features = EncoderDecoder().batch([rows.examples], {"inputs": 21, "targets": 12})
+    batch = {name: row[0] for name, row in features.items()}
+    drawing = Drawing("Two examples in one row of an encoder-decoder")
+    x = key(drawing, NAMES | {"padding": "padding"})
+    for colour in (BLUE, GREEN):
+        drawing.rect(x, 22, 13, 13, colour)
+        x += 15
+    drawing.text(x + 5, 32, "sentinels", size=12)
+
+    def strip(y, tokens, segments, kind, features, notes):
+        drawing.bold(MARGIN, y + 16, segments.partition("_")[0], size=13)
+        places = cells(drawing, rows, y, batch[tokens], batch[segments], kind)
+        for i, (name, feature) in enumerate(features.items()):
+            beneath(drawing, y + 40 + 17 * i, places, batch[feature], batch[segments], name)
+        for i, note in enumerate(notes):
+            drawing.text(STRIP_LEFT, y + 47 + 17 * (len(features) + i), note, size=12, fill=FAINT)
+
+    strip(
+        58,
+        "encoder_input_tokens",
+        "encoder_segment_ids",
+        "inputs",
+        {"example": "encoder_segment_ids", "position": "encoder_positions"},
+        ["Every token sees all tokens of its own example, before and after it, metadata and mode token among them."],
+    )
+    strip(
+        170,
+        "decoder_target_tokens",
+        "decoder_segment_ids",
+        "targets",
+        {"example": "decoder_segment_ids", "position": "decoder_positions", "loss weight": "decoder_loss_weights"},
+        [
+            "A target is predicted from the targets before it and from the encoder, both of its own example only.",
+            "The loss is on all targets, sentinels and EOS among them; nothing in the encoder is predicted.",
+        ],
+    )
+    return drawing.finish(306)
+
+
+CELL, GRID = 13, "#eceae4"
+
+
+def matrix(drawing, rows, x, y, batch, title):
+    """Who sees whom in a decoder-only row: a line for each token read, a column for each token it may see."""
+    read, target = batch["decoder_input_tokens"][0], batch["decoder_target_tokens"][0]
+    segments, prefix, weights = (batch[f"decoder_{name}"][0] for name in ("segment_ids", "prefix", "loss_weights"))
+    starts = batch["decoder_positions"][0] == 0
+    length = np.count_nonzero(segments)
+    inputs_end = [int(np.flatnonzero((segments == s) & (weights > 0))[0]) for s in range(1, segments.max() + 1)]
+    kinds = []
+    for i in range(length):
+        otherwise = "targets" if i > inputs_end[segments[i] - 1] else "inputs"
+        kinds.append("padding" if starts[i] else rows.kind(read[i], segments[i], otherwise))
+    drawing.bold(x, y - 42, title, size=13)
+    drawing.text(x - 6, y - 16, "reads", size=11, fill=FAINT, anchor="end")
+    drawing.text(x + length * CELL + 8, y - 16, "predicts", size=11, fill=FAINT)
+    for i in range(length + 1):
+        here, side = i * CELL + 0.5, length * CELL + 0.5
+        drawing.line((x + here, y), (x + here, y + side), stroke=GRID)
+        drawing.line((x, y + here), (x + side, y + here), stroke=GRID)
+    for i in range(length):
+        drawing.rect(x + i * CELL + 1, y - 12, CELL - 1, 8, KINDS[kinds[i]])
+        middle = y + i * CELL + CELL - 3
+        drawing.text(x - 8, middle, "start" if starts[i] else rows.label(read[i]), size=10.5, anchor="end")
+        for j in range(length):
+            if segments[i] == segments[j] and (j <= i or prefix[j]):
+                colour = KINDS[kinds[j]]
+                fill = colour if j <= i else TINTS[colour]
+                drawing.rect(x + j * CELL + 1, y + i * CELL + 1, CELL - 1, CELL - 1, fill)
+        if weights[i]:
+            drawing.text(x + length * CELL + 8, middle, rows.label(target[i]), size=10.5, fill=GREEN)
+    return y + length * CELL
+
+
+def decoder_only():
+    """Who sees whom in a decoder-only model."""
+    rows = Rows()
+    drawing = Drawing("Two examples in one row of a decoder-only model, and one of causal LM")
+    key(drawing, NAMES | {"padding": "start token"})
+    both = DecoderOnly().batch([rows.examples], {"inputs": 20, "targets": 12})
+    bottom = matrix(drawing, rows, 82, 112, both, "Two examples, inputs seen from both sides")
+    alone = DecoderOnly().batch([[rows.causal]], {"inputs": 4, "targets": 12})
+    middle = matrix(drawing, rows, 624, 112, alone, "Causal LM with metadata")
+    notes = (
+        "A line reads one token and predicts the next; the filled squares",
+        "are the tokens that it sees. Dark: itself and those before it.",
+        "Light: those after it, for metadata, mode token and inputs are",
+        "seen from both sides. In causal LM nothing is.",
+        "Lines without a prediction have no loss. Examples do not see",
+        "each other, and positions start at 0 in each.",
+    )
+    for i, note in enumerate(notes):
+        drawing.text(540, middle + 46 + 18 * i, note, size=12, fill=FAINT)
+    return drawing.finish(bottom + 22)
+
+
+# Curricula
+
+BAR_LEFT, BAR_WIDTH, BAR_HEIGHT = 236, 642, 58
+
+
+def bar(drawing, y, start, stop, layers):
+    """A phase from `start` to `stop` of the run: layers (share, colour, label, whether it is pale), from the top."""
+    left, width = BAR_LEFT + start * BAR_WIDTH, (stop - start) * BAR_WIDTH
+    for share, colour, label, pale in layers:
+        height = share * BAR_HEIGHT
+        drawing.rect(left, y, width, height, TINTS[colour] if pale else colour, stroke=CARD, stroke_width=1.5)
+        middle = y + height / 2 + 3.8
+        drawing.text(left + width / 2, middle, label, size=10.5, anchor="middle", fill=INK if pale else PAPER)
+        y += height
+
+
+def cosine(start, stop, high, low, warm_up=0.05):
+    """Points (share of the run, height) of a learning rate: a warm-up, then half a cosine."""
+    steps = np.linspace(0, 1, 25)
+    across = start + (stop - start) * (warm_up + (1 - warm_up) * steps)
+    curve = low + (high - low) * (1 + np.cos(np.pi * steps)) / 2
+    return [*([(start, 0.0)] if warm_up else []), *zip(across.tolist(), curve.tolist(), strict=True)]
+
+
+def recipes():
+    """(name, file, note, phases, learning rate) of every recipe."""
+
+    def mix(general, domain_label="domain", general_label="general"):
+        return [(1 - general, ORANGE, domain_label, False), (general, SLATE, general_label, True)]
+
+    begin, epoch = 0.08, 0.15
+    finished = (0, begin, [(1, FAINT, "", True)])
+    meco = [(0, 0.9, [(1, PURPLE, "metadata before every document", False)]), (0.9, 1, [(1, PURPLE, "without", True)])]
+    upsampling = [(0, 0.85, mix(0.65)), (0.85, 1, mix(0.35))]
+    rewarm = [(0, 0.65, mix(0.35)), (0.65, 1, mix(0.35))]
+    epochs = [
+        (begin + epoch * i, begin + epoch * (i + 1), mix(0.35, f"subset, epoch {i + 1}", f"general, sample {i + 1}"))
+        for i in range(4)
+    ]
+    stability_gap = [finished, *epochs, (begin + 4 * epoch, 1, mix(0.35, "whole domain"))]
+    ul2r = [(0.5, GREEN, "S 50 %", False), (0.25, BLUE, "R 25 %", False), (0.25, ORANGE, "X 25 %", False)]
+    whole, low = cosine(0, 1, 1, 0.1), cosine(begin, 1, 0.4, 0.4)
+    again = cosine(0, 0.65, 1, 0.1) + cosine(0.65, 1, 0.6, 0.1, warm_up=0.12)[1:]
+    return [
+        ("MeCo", "meco.gin", "metadata, then none", meco, whole),
+        ("Upsampling", "upsampling.gin", "more of the domain at the end", upsampling, whole),
+        ("Replay", "replay.gin", "general text stays in the mix", [finished, (begin, 1, mix(0.35))], low),
+        ("Re-warming", "rewarm.gin", "the rate rises once more", rewarm, again),
+        ("Stability gap", "stability_gap.gin", "a subset, several times", stability_gap, low),
+        ("UL2R", "ul2r.gin", "other denoisers", [finished, (begin, 1, ul2r)], cosine(begin, 1, 0.4, 0.02, warm_up=0)),
+    ]
+
+
+def curricula():
+    """What the recipes change in the course of a run."""
+    drawing = Drawing("What the recipes change in the course of a run")
+    legend = "Time runs to the right, heights are shares of the text. Sketches: the numbers are set in the files."
+    drawing.text(MARGIN, 32, legend, size=12, fill=FAINT)
+    y = 54
+    for name, file, note, phases, rate in recipes():
+        drawing.bold(MARGIN, y + 14, name, size=14)
+        drawing.text(MARGIN, y + 31, file, size=11.5, fill=BLUE)
+        drawing.text(MARGIN, y + 47, note, size=11.5, fill=FAINT)
+        for phase in phases:
+            bar(drawing, y, *phase)
+        drawing.text(BAR_LEFT - 8, y + BAR_HEIGHT + 20, "learning rate", size=10.5, fill=FAINT, anchor="end")
+        bottom = y + BAR_HEIGHT + 23
+        drawing.line(*((BAR_LEFT + x * BAR_WIDTH, bottom - 18 * height) for x, height in rate), stroke_width=1.5)
+        y += 102
+    drawing.rect(MARGIN, y - 4, 13, 13, TINTS[FAINT], stroke=EDGE)
+    drawing.text(MARGIN + 19, y + 6, "a finished model, given with --init_from", size=12, fill=FAINT)
+    return drawing.finish(y + 26)
+
+
+# The guide's tables
+
+
+def label(denoiser):
+    """'R(3, 0.15)', 'S', 'causal LM'."""
+    if denoiser.family in "RX":
+        return f"{denoiser.family}({denoiser.mean_span_length}, {denoiser.rate:.2f})"
+    return "causal LM" if denoiser.family == "C" else "S"
+
+
+def _percent(share):
+    return f"{100 * share:.1f}".removesuffix(".0") + " %"
+
+
+def preset_table():
+    lines = ["| preset | weights of its denoisers | mode tokens |", "|---|---|---|"]
+    for name, mix in PRESETS.items():
+        by_weight = {}
+        for denoiser in mix:
+            by_weight.setdefault(_percent(denoiser.weight), []).append(label(denoiser))
+        weights = "; ".join(
+            f"{', '.join(names)}: {weight}{' each' if len(names) > 1 else ''}" for weight, names in by_weight.items()
+        )
+        modes = ", ".join(f"`{mode}`" for mode in dict.fromkeys(d.mode for d in mix) if mode) or "none"
+        lines.append(f"| `{name}` | {weights} | {modes} |")
+    return lines
+
+
+def length_table():
+    """The span corruption of all presets, S and causal LM, in rows whose inputs and targets are equally long."""
+    corruption = {d[:3]: d for mix in PRESETS.values() for d in mix if d.family in "RX"}
+    objectives = {label(corruption[key]): SpanCorruption(key[2], key[1]) for key in sorted(corruption)}
+    objectives |= {"S, 'suffix'": PrefixLM("suffix"), "S, 'uniform'": PrefixLM("uniform"), "causal LM": CausalLM()}
+    columns = "raw tokens | inputs | targets | sentinels"
+    lines = [f"| denoiser | 512: {columns} | 1024: {columns} |", "|---|" + "---:|" * 8]
+    for name, objective in objectives.items():
+        cells_ = []
+        for length in (512, 1024):
+            raw = objective.raw_length({"inputs": length, "targets": length})
+            most = "≤ " if objective.random_lengths else ""
+            cells_ += [f"{raw:,}", *(f"{most}{size:,}" for size in objective.lengths(raw))]
+            cells_ += [str(objective.sentinels_needed(raw) or "–")]
+        lines.append(f"| {name} | {' | '.join(cells_)} |")
+    return lines
+
+
+def filled_in(guide):
+    """The guide with its tables made anew."""
+    for name, table in (("presets", preset_table()), ("lengths", length_table())):
+        begin = f"<!-- made by make_figures.py: {name} -->\n"
+        before, found, rest = guide.partition(begin)
+        _, end, after = rest.partition("<!-- end -->")
+        if not (found and end):
+            raise SystemExit(f"docs/objectives.md lacks the line {begin.strip()}, or <!-- end --> after it.")
+        guide = before + begin + "\n".join(table) + "\n" + end + after
+    return guide
+
+
+def write(folder):
+    """Writes all pictures to `folder`/figures and the guide to `folder`."""
+    pictures = {
+        **denoisers(),
+        "encoder_decoder.svg": encoder_decoder(),
+        "decoder_only.svg": decoder_only(),
+        "curricula.svg": curricula(),
+    }
+    guide = filled_in((DOCS / "objectives.md").read_text(encoding="utf-8"))
+    (folder / "figures").mkdir(parents=True, exist_ok=True)
+    for name, picture in pictures.items():
+        (folder / "figures" / name).write_text(picture, encoding="utf-8")
+    (folder / "objectives.md").write_text(guide, encoding="utf-8")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=DOCS)
+    write(parser.parse_args().output)
+
+
+if __name__ == "__main__":
+    main()
