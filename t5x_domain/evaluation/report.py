@@ -1,33 +1,28 @@
 """report.html: what a run learned, on one page that needs neither network nor JavaScript."""
 
 import html
-import io
 import itertools
 import json
-import math
 import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import numpy as np
+from typing import Any
 
 from t5x_domain.errors import UserError
+from t5x_domain.evaluation.figures import INK, figures
 from t5x_domain.evaluation.fill import Blank, Filled
 from t5x_domain.training.metrics import read_json_lines
 
 # Middle tones, which stand out from white and from black paper alike.
 _COLOURS = ("#3b82c4", "#d9762b", "#2a9d78", "#a86bc4", "#c9485b", "#a08a1f", "#2f9fb3", "#8a6f5c")
-# Matplotlib knows no currentColor, so it draws ink in a colour that nothing else has, which is then replaced.
-_INK = "#010203"
 
 
 def write_report(run_dir: str | os.PathLike[str], *, filled: Sequence[Filled] = ()) -> Path:
     """Writes `run_dir`/report.html, whole or not at all, from the files that a finished run leaves there.
 
     Args:
-      run_dir: holds metrics.jsonl, evaluations.jsonl, eval.json and config.gin.
+      run_dir: holds metrics.jsonl, evaluations.jsonl, eval.json, phases.json and config.gin.
       filled: documents whose blanks the model filled, see `evaluation.fill`.
 
     Returns:
@@ -40,8 +35,9 @@ def write_report(run_dir: str | os.PathLike[str], *, filled: Sequence[Filled] = 
     summary = _read(folder / "eval.json", lambda path: json.loads(path.read_text(encoding="utf-8")))
     metrics = _read(folder / "metrics.jsonl", read_json_lines)
     evaluations = _read(folder / "evaluations.jsonl", read_json_lines)
+    phases = _read(folder / "phases.json", lambda path: json.loads(path.read_text(encoding="utf-8")))
     config = _read(folder / "config.gin", lambda path: path.read_text(encoding="utf-8"))
-    page = _page(folder.name, summary, metrics, evaluations, config, filled)
+    page = _page(folder.name, summary, metrics, evaluations, phases, config, filled)
     partial = folder / "report.partial"
     partial.write_text(page, encoding="utf-8")
     os.replace(partial, folder / "report.html")
@@ -64,12 +60,13 @@ def _page(
     summary: Mapping[str, Any],
     metrics: Sequence[Mapping[str, Any]],
     evaluations: Sequence[Mapping[str, Any]],
+    phases: Sequence[Mapping[str, Any]],
     config: str,
     filled: Sequence[Filled],
 ) -> str:
     after = summary["after"]
     corpora = [key for key in after if key != "step"]
-    colours = dict(zip(corpora, itertools.cycle(_COLOURS))) if len(corpora) > 1 else dict.fromkeys(corpora, _INK)
+    colours = dict(zip(corpora, itertools.cycle(_COLOURS))) if len(corpora) > 1 else dict.fromkeys(corpora, INK)
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -93,7 +90,11 @@ def _page(
 <section>
 <h2>Training</h2>
 {_legend(colours)}
-<div class="figures">{_figures(metrics, evaluations, colours)}</div>
+<div class="figures">{figures(metrics, evaluations, colours)}</div>
+</section>
+<section>
+<h2>What was seen</h2>
+{_seen(phases, metrics)}
 </section>
 {_passages(filled)}
 <section>
@@ -152,6 +153,29 @@ bytes per token, so that vocabularies can be compared; accuracy is the share of 
 largest probability.</p>"""
 
 
+def _seen(phases: Sequence[Mapping[str, Any]], metrics: Sequence[Mapping[str, Any]]) -> str:
+    """Share of the text of each corpus and denoiser, by phase, and its training loss at the end."""
+    last = metrics[-max(len(metrics) // 10, 1) :]
+    columns = "".join(f"<th scope='col'>{html.escape(phase['name'])}</th>" for phase in phases)
+    rows = []
+    for group, losses in (("corpora", "corpus_loss"), ("denoisers", "denoiser_loss")):
+        for name in dict.fromkeys(name for phase in phases for name in phase[group]):
+            shares = "".join(f"<td>{phase[group].get(name, 0):.1%}</td>" for phase in phases)
+            known = [line[losses][name] for line in last if line[losses].get(name) is not None]
+            loss = _number(statistics.mean(known)) if known else "–"
+            rows.append(f"<tr><th scope='row'>{html.escape(name)}</th>{shares}<td><b>{loss}</b></td></tr>")
+    spans = "; ".join(
+        f"{html.escape(phase['name'])}: updates {phase['start'] + 1:,} to {phase['stop']:,}, "
+        f"{phase['raw_tokens']:,} tokens of text"
+        for phase in phases
+    )
+    return f"""<table>
+<thead><tr><th scope="col">Share of the text</th>{columns}<th scope="col">Loss</th></tr></thead>
+<tbody>{"".join(rows)}</tbody>
+</table>
+<p class="note">{spans}. The loss is the training loss by target over the last tenth of the logged updates.</p>"""
+
+
 def _legend(colours: Mapping[str, str]) -> str:
     if len(colours) == 1:
         return ""
@@ -197,126 +221,6 @@ def _number(value: float) -> str:
 
 def _updates(count: int) -> str:
     return f"{count:,} update{'' if count == 1 else 's'}"
-
-
-class _Curve(NamedTuple):
-    colour: str
-    steps: Sequence[int]
-    values: Sequence[float | None]
-
-
-def _figures(
-    metrics: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]], colours: Mapping[str, str]
-) -> str:
-    def logged(key: str) -> _Curve:
-        return _Curve(_INK, [line["step"] for line in metrics], [line[key] for line in metrics])
-
-    steps = [line["step"] for line in metrics]
-    by_corpus = [
-        _Curve(colour, steps, [line["corpus_loss"].get(corpus) for line in metrics])
-        for corpus, colour in colours.items()
-    ]
-    held_out = [
-        _Curve(
-            colour,
-            [line["step"] for line in evaluations],
-            [line["corpora"][corpus]["perplexity"] for line in evaluations],
-        )
-        for corpus, colour in colours.items()
-    ]
-    # The curve of the only corpus would hide under that of all.
-    loss = [*(by_corpus if len(colours) > 1 else []), logged("loss")]
-    rate = [logged("tokens_per_second")]
-    return "\n".join(
-        [
-            _figure("Training loss", "nats per target; light: as logged, strong: moving average", loss, smooth=True),
-            _figure("Held-out perplexity", "logarithmic scale", held_out, log=True, markers=True),
-            _figure("Learning rate", "of each update", [logged("learning_rate")], zero=True),
-            _figure("Throughput", "tokens per second, padding left out", rate, smooth=True, zero=True),
-        ]
-    )
-
-
-def _figure(
-    title: str,
-    caption: str,
-    curves: Sequence[_Curve],
-    *,
-    smooth: bool = False,
-    log: bool = False,
-    markers: bool = False,
-    zero: bool = False,
-) -> str:
-    """One chart over update numbers as inline SVG, its text in the page's font and colour."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    style = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": title,  # ids must differ between the figures of a page
-        "text.parse_math": False,
-        "font.size": 9,
-        **dict.fromkeys(
-            ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color"), _INK
-        ),
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.spines.left": False,
-        "ytick.left": False,
-        "axes.grid": True,
-        "axes.grid.axis": "y",
-        "grid.alpha": 0.15,
-        "lines.linewidth": 1.5,
-    }
-    with matplotlib.rc_context(style):
-        figure = Figure(figsize=(4.2, 2.5), layout="constrained")
-        axes = figure.add_subplot()
-        for colour, steps, values in curves:
-            y = np.array(values, np.float64)  # None becomes NaN
-            known = np.abs(y) < 1e100  # neither NaN nor so large that the places of ticks overflow
-            x, y = np.array(steps)[known], y[known]
-            marker = "o" if markers or len(x) == 1 else None
-            if smooth and len(x) > 1:
-                axes.plot(x, y, color=colour, alpha=0.25, linewidth=0.8, clip_on=False)
-                y = _moving_average(y)
-            axes.plot(x, y, color=colour, marker=marker, markersize=3, clip_on=False)
-        _scale(axes, log=log, zero=zero)
-        drawn = io.StringIO()
-        figure.savefig(
-            drawn, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        )
-    svg = drawn.getvalue().replace(_INK, "currentColor")
-    label = html.escape(f"{title}: {caption}")
-    svg = svg[svg.index("<svg") :].replace("<svg", f"<svg role='img' aria-label='{label}'", 1)
-    return f"<figure><figcaption><b>{title}</b> {caption}</figcaption>{svg}</figure>"
-
-
-def _scale(axes: Any, *, log: bool, zero: bool) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
-
-    round_steps = [1, 2, 2.5, 5, 10]
-    axes.yaxis.set_major_locator(MaxNLocator(5, steps=round_steps))
-    if zero:
-        axes.set_ylim(bottom=0)
-    low, high = axes.dataLim.intervaly
-    if log and low <= high:  # else there is no finite value to scale
-        axes.set_yscale("log")
-        # Less than a decade has too few round powers to be read; ticks then stand at even distances.
-        decades = math.log10(high / low)
-        subs = (1,) if decades > 3 else (1, 3) if decades > 1.5 else (1, 2, 5)
-        axes.yaxis.set_major_locator(LogLocator(subs=subs) if decades > 0.7 else MaxNLocator(5))
-        axes.yaxis.set_minor_locator(NullLocator())
-    axes.set_xlabel("update")
-    axes.set_xlim(left=0)
-    axes.xaxis.set_major_locator(MaxNLocator(5, steps=round_steps, integer=True, min_n_ticks=1))
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
-
-
-def _moving_average(values: np.ndarray) -> np.ndarray:
-    """Mean over a centred window of a twentieth of the values, shorter at both ends."""
-    window = np.ones(max(len(values) // 20, 1))
-    return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
 
 
 _STYLE = """

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from t5x_domain.errors import UserError
-from t5x_domain.evaluation import report
+from t5x_domain.evaluation import figures, report
 from t5x_domain.evaluation.fill import Blank, Filled
 from t5x_domain.evaluation.report import write_report
 
@@ -38,6 +38,7 @@ def logged(step, corpus_loss, loss=3.0714):
         "tokens_per_second": 181704.0 + step,
         "skipped": 7,
         "corpus_loss": corpus_loss,
+        "denoiser_loss": {"r3_15": 2.0 + step / 100, "s": None},
     }
 
 
@@ -49,6 +50,22 @@ def make_run(folder, before, after, metrics, config="Run.batch_size = 128\n"):
     (folder / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in evaluations))
     (folder / "eval.json").write_text(json.dumps({"before": {"step": 0, **before}, "after": {"step": last, **after}}))
     (folder / "config.gin").write_text(config)
+    shares = {"corpora": {name: 1 / len(after) for name in after}, "denoisers": {"r3_15": 0.75, "s": 0.25}}
+    (folder / "phases.json").write_text(
+        json.dumps(
+            [
+                {"name": "main", "start": 0, "stop": 54, "raw_tokens": 54321, **shares},
+                {
+                    "name": "<cooldown>",
+                    "start": 54,
+                    "stop": last,
+                    "raw_tokens": 6000,
+                    **shares,
+                    "denoisers": {"s": 1.0},
+                },
+            ]
+        )
+    )
     return folder
 
 
@@ -92,6 +109,10 @@ def test_says_what_was_learned(run_dir):
     assert "rfc 48,211 targets31,904 → 21.834.01 → 1.080.1% → 57.1%" in text
     assert "law 48,211 targets28,117 → 146.33.87 → 1.940.2% → 43.2%" in text
     assert "The model wrote 1 of 2 spans" in text
+    # By phase; the loss of the last six of 60 updates: r3_15 2 + 57.5 / 100, law 2.5 at steps 57 and 60.
+    assert "Share of the textmain<cooldown>Loss" in text
+    assert "law50.0%50.0%2.50" in text and "r3_1575.0%0.0%2.58" in text and "s25.0%100.0%–" in text
+    assert "<cooldown>: updates 55 to 60, 6,000 tokens of text." in text
     assert "Run.batch_size = 128" in text
 
 
@@ -119,8 +140,8 @@ def test_escapes_all_text(tmp_path):
     fills = [Filled((evil, evil), (Blank(evil, evil, correct),)) for correct in (True, False)]
     page = write_report(folder, filled=fills).read_text()
     assert "<script" not in page
-    # Headline, table, legend; twice two pieces, one hit, one miss and its original.
-    assert page.count("&lt;script&gt;x&lt;/script&gt;&amp;$_$") == 3 + 4 + 3
+    # Headline, table, legend, share; twice two pieces, one hit, one miss and its original.
+    assert page.count("&lt;script&gt;x&lt;/script&gt;&amp;$_$") == 4 + 4 + 3
     assert text_of(page).count("<script>run") == 2
 
 
@@ -175,14 +196,14 @@ def test_losses_that_are_not_finite_leave_gaps(run_dir):
 
 def test_moving_average_by_hand():
     # 40 values: a window of two; the mean of a constant is that constant at the ends as well.
-    assert np.allclose(report._moving_average(np.full(40, 3.0)), 3.0)
+    assert np.allclose(figures._moving_average(np.full(40, 3.0)), 3.0)
     alternating = np.tile([0.0, 1.0], 20)
-    assert np.allclose(report._moving_average(alternating)[1:], 0.5)
+    assert np.allclose(figures._moving_average(alternating)[1:], 0.5)
     # Fewer than 40 values are shown as they are.
-    assert np.array_equal(report._moving_average(np.array([1.0, 5.0])), [1.0, 5.0])
+    assert np.array_equal(figures._moving_average(np.array([1.0, 5.0])), [1.0, 5.0])
 
 
-@pytest.mark.parametrize("name", ["eval.json", "metrics.jsonl", "evaluations.jsonl", "config.gin"])
+@pytest.mark.parametrize("name", ["eval.json", "metrics.jsonl", "evaluations.jsonl", "phases.json", "config.gin"])
 def test_a_missing_file_is_named_and_no_report_is_written(run_dir, name):
     (run_dir / name).unlink()
     with pytest.raises(UserError, match=rf"{re.escape(name)} is missing"):
