@@ -122,8 +122,8 @@ class Words:
         self._words += text.split()
         return np.arange(first, len(self._words) + 2, dtype=np.int32)
 
-    def sentinel_id(self, numbers):
-        return np.asarray(10_000 + numbers, np.int32)
+    def sentinel_ids(self, count):
+        return np.arange(10_000, 10_000 + count, dtype=np.int32)
 
     def sentinel(self, token):
         """The number of a sentinel, counted from 1; None for other tokens."""

@@ -49,6 +49,20 @@ class _SentinelIds:
             )
         return self.vocab_size - 1 - k
 
+    def sentinel_ids(self, count: int) -> np.ndarray:
+        """Ids of the first `count` sentinels, int32 [count], a view that must not be written to.
+
+        Raises:
+          UserError: there are fewer.
+        """
+        if count > self.extra_ids:
+            self.sentinel_id(count - 1)
+        return self._sentinel_ids[:count]
+
+    @functools.cached_property
+    def _sentinel_ids(self) -> np.ndarray:
+        return (self.vocab_size - 1 - np.arange(self.extra_ids)).astype(np.int32)
+
     def special_id(self, token: str) -> int:
         """Id of a token that no text is encoded as, e.g. a mode token.
 

@@ -71,21 +71,27 @@ class SpanCorruption(Objective):
         return self.noise(num_raw)[1]
 
     def __call__(self, tokens: np.ndarray, rng: np.random.Generator, vocabulary: Vocabulary) -> dict[str, np.ndarray]:
-        num_noise, num_spans = self.noise(len(tokens))
-        clean_ends = _random_span_ends(rng, len(tokens) - num_noise, num_spans)
+        num_raw = len(tokens)
+        num_noise, num_spans = self.noise(num_raw)
+        clean_ends = _random_span_ends(rng, num_raw - num_noise, num_spans)
         noise_ends = _random_span_ends(rng, num_noise, num_spans)
-        spans = np.arange(num_spans)
-        sentinels = vocabulary.sentinel_id(spans)
-
-        # +1 where a noisy span begins, -1 where it ends: the running sum is 1 on the noise.
-        steps = np.zeros(len(tokens) + 1, np.int8)
-        steps[clean_ends[1:] + noise_ends[:-1]] = 1
-        steps[clean_ends[1:] + noise_ends[1:]] = -1
-        is_noise = np.add.accumulate(steps[:-1], dtype=np.int8).view(bool)
-        return {
-            "inputs": _with_sentinels(tokens[~is_noise], sentinels, clean_ends[1:] + spans, vocabulary.eos_id),
-            "targets": _with_sentinels(tokens[is_noise], sentinels, noise_ends[:-1] + spans, vocabulary.eos_id),
-        }
+        clean_starts, noise_starts = clean_ends + noise_ends, clean_ends[1:] + noise_ends[:-1]
+        # +1 where a noisy span begins, -1 where it ends: the running sum is 1 on the noise. One more place for EOS.
+        steps = np.zeros(num_raw + 1, np.int8)
+        steps[noise_starts] = 1
+        steps[clean_starts[1:]] = -1
+        in_targets = np.add.accumulate(steps, dtype=np.int8).view(bool)
+        in_inputs = ~in_targets
+        # A side takes its own tokens, EOS, and for every span of the other a sentinel in the place of its first token.
+        in_inputs[noise_starts] = True
+        in_targets[clean_starts[:-1]] = True
+        in_targets[num_raw] = True
+        inputs = np.empty(num_raw + 1, np.int32)
+        inputs[:num_raw] = tokens
+        inputs[num_raw] = vocabulary.eos_id
+        targets = inputs.copy()
+        inputs[noise_starts] = targets[clean_starts[:-1]] = vocabulary.sentinel_ids(num_spans)
+        return {"inputs": inputs[in_inputs], "targets": targets[in_targets]}
 
 
 def _random_span_ends(rng: np.random.Generator, num_tokens: int, num_spans: int) -> np.ndarray:
@@ -93,22 +99,12 @@ def _random_span_ends(rng: np.random.Generator, num_tokens: int, num_spans: int)
 
     The ends begin with 0, so span j is [ends[j], ends[j + 1]).
     """
-    ends = np.zeros(num_spans + 1, np.int64)
+    ends = np.empty(num_spans + 1, np.int64)
+    ends[0] = 0
     if num_spans > 1:
         cuts = rng.choice(num_tokens - 1, num_spans - 1, replace=False, shuffle=False)
         cuts.sort()
         np.add(cuts, 1, out=ends[1:-1])
-    ends[num_spans:] = num_tokens * (num_spans > 0)
+    if num_spans:
+        ends[num_spans] = num_tokens
     return ends
-
-
-def _with_sentinels(tokens: np.ndarray, sentinels: np.ndarray, positions: np.ndarray, eos_id: int) -> np.ndarray:
-    """`tokens` with `sentinels` at `positions` of the result, closed by EOS."""
-    result = np.empty(len(tokens) + len(sentinels) + 1, np.int32)
-    is_token = np.ones(len(result), bool)
-    is_token[positions] = False
-    is_token[-1] = False
-    result[is_token] = tokens
-    result[positions] = sentinels
-    result[-1] = eos_id
-    return result
