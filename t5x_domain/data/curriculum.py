@@ -108,7 +108,6 @@ class Curriculum:
         self.names = [phase.name or f"phase {number}" for number, phase in enumerate(phases, 1)]
         if repeated := [name for name in self.names if self.names.count(name) > 1]:
             raise UserError(f"two phases are named '{repeated[0]}'; give each a Phase.name of its own.")
-        self._schedules = [phase.schedule for phase in phases]
         self._batches = [
             open_batches(dataclasses.replace(phase.mixture, components=phase.components), phase.subset)
             for phase in phases
@@ -182,20 +181,21 @@ class Curriculum:
                 sums[component] = sums.get(component, 0) + tokens
         return result
 
-    def schedule(self, base: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        """The learning rate by step of the run: each phase's own, else `base`."""
-        if all(schedule is None for schedule in self._schedules):
-            return base
-        import jax.numpy as jnp
 
-        def rate(step: Any) -> Any:
-            value = base(step)
-            for start, schedule in zip(self.starts, self._schedules, strict=True):
-                own = base(step) if schedule is None else schedule(jnp.maximum(step - start, 0))
-                value = jnp.where(step >= start, own, value)
-            return value
+def learning_rate(phases: Sequence[Phase], starts: Sequence[int], base: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """The learning rate by step of the run: each phase's own by the steps since it began (`starts`), else `base`."""
+    if all(phase.schedule is None for phase in phases):
+        return base
+    import jax.numpy as jnp
 
-        return rate
+    def rate(step: Any) -> Any:
+        value = base(step)
+        for phase, start in zip(phases, starts, strict=True):
+            own = base(step) if phase.schedule is None else phase.schedule(jnp.maximum(step - start, 0))
+            value = jnp.where(step >= start, own, value)
+        return value
+
+    return rate
 
 
 def shares_seen(raw_tokens: Mapping[str, int], components: Sequence[Component]) -> dict[str, dict[str, float]]:

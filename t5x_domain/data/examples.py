@@ -1,7 +1,7 @@
 """From pieces of a corpus to examples: reads the token cache and applies objective, mode token and metadata."""
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -76,6 +76,11 @@ class TokenLine:
         return {piece: tokens[piece.start - whole.start : piece.stop - whole.start] for piece in run}
 
 
+@functools.lru_cache(maxsize=1 << 16)  # many documents share a source
+def _encoded(vocabulary: Vocabulary | ByteVocabulary, text: str) -> np.ndarray:
+    return vocabulary.encode(text) if text else NO_TOKENS
+
+
 class MetadataOf:
     """Which documents of a line carry metadata, and which."""
 
@@ -88,7 +93,6 @@ class MetadataOf:
         self._metadata, self._line, self._vocabulary, self._key = component.metadata, line, vocabulary, key
         split = line.split
         self._metadata.check_fields(split.metadata_fields, f"corpus '{split.corpus}', split '{split.split}',")
-        self._encode = functools.lru_cache(maxsize=1 << 16)(self._encoded)
         if self._metadata.fields is not None:
             self._lengths = np.full(line.num_documents, len(self._encode(self._metadata.text({}))), np.int64)
         else:
@@ -117,8 +121,8 @@ class MetadataOf:
         fields = {} if self._metadata.fields is not None else self._line.split.metadata(document, document + 1)[0]
         return self._encode(self._metadata.text(fields))
 
-    def _encoded(self, text: str) -> np.ndarray:
-        return self._vocabulary.encode(text)[: self._metadata.max_tokens] if text else NO_TOKENS
+    def _encode(self, text: str) -> np.ndarray:
+        return _encoded(self._vocabulary, text)[: self._metadata.max_tokens]
 
     def _all_lengths(self) -> np.ndarray:
         split = self._line.split
@@ -208,19 +212,16 @@ class ExampleMaker:
         return Shape(
             table,
             mean=mean,
-            draw=self._draw(mode) if self._layout.random_cost(self.objective) else None,
+            draw=functools.partial(self._draw, mode) if self._layout.random_cost(self.objective) else None,
             prefix_cost=self._layout.prefix_cost,
             prefixes=self._metadata.lengths if self._metadata else None,
             mean_prefix=self._metadata.mean if self._metadata else 0.0,
         )
 
-    def _draw(self, mode: np.ndarray) -> Callable[[Sequence[Piece]], np.ndarray]:
-        def draw(pieces: Sequence[Piece]) -> np.ndarray:
-            random = ExampleRandom(self._seed)  # threads that plan at once need one each
-            lengths = [self.objective.drawn_lengths(p.stop - p.start, random.at(p)) for p in pieces]
-            return np.array(lengths, np.int64).reshape(-1, 2).T + mode
-
-        return draw
+    def _draw(self, mode: np.ndarray, pieces: Sequence[Piece]) -> np.ndarray:
+        random = ExampleRandom(self._seed)  # threads that plan at once need one each
+        lengths = [self.objective.drawn_lengths(p.stop - p.start, random.at(p)) for p in pieces]
+        return np.array(lengths, np.int64).reshape(-1, 2).T + mode
 
     def source(self, key: tuple[int, ...]) -> Source:
         """The documents, for 'first_fit'."""

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import optax
 
+from t5x_domain.data.curriculum import learning_rate
 from t5x_domain.data.tasks import Component
 from t5x_domain.errors import UserError
 from t5x_domain.training.checkpoint import Checkpoints, restore_params
@@ -42,7 +43,8 @@ def train(run: Run) -> int:
     mesh = run.mesh.build()
     feed = Feed(run, mesh)
     blueprint = Blueprint(run.model, run.config, mesh)
-    updates = dataclasses.replace(run.updates, schedule=feed.batches.schedule(run.updates.schedule))
+    schedule = learning_rate(run.phases, feed.batches.starts, run.updates.schedule)
+    updates = dataclasses.replace(run.updates, schedule=schedule)
     transform = updates.build(blueprint.axes)
     train_step = make_train_step(
         blueprint, feed.loss, transform, seed=run.seed, accumulation_steps=run.accumulation_steps
@@ -57,7 +59,7 @@ def train(run: Run) -> int:
         writer = closing.enter_context(contextlib.closing(MetricsWriter(run_dir, start)))
         progress = closing.enter_context(contextlib.closing(Progress(start, run.total_steps)))
         preemption = closing.enter_context(contextlib.closing(PreemptionNotice()))
-        guard, meter = Guard(run, feed), Meter(run, feed, updates.schedule)
+        guard, meter = Guard(run, feed), Meter(run, feed, schedule)
         progress.say(f"{blueprint.num_parameters:,} parameters, mesh {dict(mesh.shape)}, from step {start:,}")
 
         def evaluate(step: int) -> dict[str, float]:

@@ -11,15 +11,15 @@ from hypothesis import strategies as st
 from memory import assert_equal, skewed_split
 
 from t5x_domain import cli
-from t5x_domain.data.curriculum import Curriculum, Phase, shares_seen
-from t5x_domain.data.loader import Batches
+from t5x_domain.data.curriculum import Curriculum, Phase, learning_rate, shares_seen
+from t5x_domain.data.loader import Batches, iterate
 from t5x_domain.data.packing import DecoderOnly, EncoderDecoder
 from t5x_domain.data.sources import JsonlSource
 from t5x_domain.data.tasks import Component, Corpus, Mixture
 from t5x_domain.data.vocabulary import ByteVocabulary
 from t5x_domain.errors import UserError
 from t5x_domain.objectives.language_modeling import CausalLM
-from t5x_domain.objectives.prefix import Metadata
+from t5x_domain.objectives.prefix import Metadata, Mode
 from t5x_domain.objectives.ul2 import mixture_of_denoisers
 
 VOCABULARY = ByteVocabulary(extra_ids=100)
@@ -163,6 +163,13 @@ def test_batches_are_random_access_across_phases():
         assert made.seen(step) == again.seen(step)
 
 
+def test_worker_processes_make_the_same_batches():
+    learnt = mixture(denoisers="ul2_442", split="uniform", metadata=dataclasses.replace(METADATA, rate=0.5))
+    made = curriculum([Phase(learnt, share=0.5, schedule=lambda step: step), Phase(learnt)])
+    for step, batch in iterate(made, 8, stop_step=12, num_workers=2):
+        assert_equal(batch, made[step])
+
+
 def test_raw_tokens_are_those_of_the_rows_and_follow_the_rates():
     made = curriculum(
         [Phase(mixture((3.0, 1.0), "ul2_442"), share=0.5), Phase(mixture((1.0, 3.0)), name="law")],
@@ -195,10 +202,11 @@ def test_learning_rate_by_phase():
         Phase(mixture(), steps=10, schedule=lambda step: 100.0 + step),
         Phase(mixture()),
     ]
-    rate = curriculum(phases).schedule(lambda step: 1.0 * step)
+    starts = curriculum(phases).starts
+    rate = learning_rate(phases, starts, lambda step: 1.0 * step)
     assert [float(rate(step)) for step in (0, 4, 5, 14, 15, 19)] == [0, 4, 100, 109, 15, 19]
     base = object()
-    assert curriculum(phases[:1] + phases[2:]).schedule(base) is base
+    assert learning_rate(phases[:1] + phases[2:], [0, 5], base) is base
 
 
 @pytest.mark.parametrize("layout", [EncoderDecoder(), DecoderOnly()])
@@ -274,6 +282,51 @@ def test_metadata_that_cannot_be():
     assert fallback[0, question[0] + 1] == ord(":") + 3
 
 
+def test_conditional_evaluation_puts_metadata_where_training_did(two_corpora, monkeypatch):
+    """Held-out text without, with its own, with given metadata, and in another mode: what the model gets to read."""
+    import jax
+
+    from t5x_domain.data.preparation import prepare
+    from t5x_domain.training.feed import Feed
+    from t5x_domain.training.run import Run
+
+    monkeypatch.setattr("jax.devices", lambda *_: jax.local_devices()[:1])
+    files = ["models/tiny", "mixtures/sample", "runs/pretrain", "recipes/meco"]
+    settings = ["Metadata.templates = ('Source: {source} ',)", "Metadata.rate = 0.5", "DENOISERS = 'ul2_442'"]
+    scored = ["Run.eval_mixture = @s/mixture_of_denoisers()", "s/mixture_of_denoisers.denoisers = 's_only'"]
+    cli.load_gin([f"gin/{file}.gin" for file in files], [*two_corpora, *settings, *scored])
+    cli.build(prepare)
+    run = cli.build(Run)
+    feed = Feed(run, run.mesh.build())
+
+    def starts(**conditions):
+        """The first bytes that the encoder reads of every held-out example."""
+        read = []
+
+        def eval_step(params, batch):
+            tokens = np.asarray(batch["encoder_input_tokens"])
+            for row, start in np.argwhere(
+                (np.asarray(batch["encoder_positions"]) == 0) & (np.asarray(batch["encoder_segment_ids"]) > 0)
+            ):
+                read.append(VOCABULARY.decode(tokens[row, start : start + 30]))
+            return {"nll": 1.0, "correct": 0.0, "weight": 1.0}
+
+        feed.held_out(eval_step, None, **conditions)
+        return read
+
+    own = tuple(f"Source: {corpus}{i} [S2S]" for corpus in ("biomedical", "general") for i in range(3))
+    assert all(text.startswith("[S2S]") for text in starts())
+    assert all(text.startswith(own) for text in starts(metadata="own"))
+    assert all(text.startswith("Source: law [NLG]") for text in starts(metadata={"source": "law"}, mode=Mode("[NLG]")))
+    assert not any(text.startswith(("[", "S")) for text in starts(mode=None))
+    with pytest.raises(UserError, match="need the field source, which nothing in the given metadata has"):
+        starts(metadata={"court": "law"})
+    bare = mixture_of_denoisers(run.phases[0].mixture.corpora, denoisers="t5", metadata=None)
+    plain = dataclasses.replace(run, eval_mixture=bare)
+    with pytest.raises(UserError, match="'biomedical_r3_15' was trained without metadata"):
+        Feed(plain, run.mesh.build()).held_out(None, None, metadata="own")
+
+
 @pytest.fixture
 def two_corpora(tmp_path):
     """gin bindings for two corpora of 300 documents with sources, as bytes."""
@@ -342,8 +395,13 @@ def test_recipes_run(name, two_corpora, monkeypatch, capsys):
     cli.load_gin([f"gin/{file}.gin" for file in files], [*two_corpora, *bindings])
     cli.build(prepare)
     run = cli.build(Run)
-    assert train(run) == 0
     folder = Path(run.run_dir)
+    if name == "ul2r":  # a finished model of another objective
+        base = mixture_of_denoisers(run.phases[0].mixture.corpora, denoisers="t5")
+        finished = dataclasses.replace(run, run_dir=str(folder / "base"), phases=[Phase(base)], total_steps=4)
+        assert train(finished) == 0
+        run = dataclasses.replace(run, init_from=finished.run_dir, eval_mixture=base)
+    assert train(run) == 0
     phases = json.loads((folder / "phases.json").read_text())
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     if starts is not None:
@@ -368,6 +426,8 @@ def test_recipes_run(name, two_corpora, monkeypatch, capsys):
         assert [phase["name"] for phase in phases] == ["subset", "whole"]
         assert 0 < phases[1]["start"] < 20
     else:
+        before = json.loads((folder / "eval.json").read_text())["before"]
+        assert before == json.loads((folder / "base" / "eval.json").read_text())["after"] | {"step": 0}
         assert phases[0]["denoisers"] == pytest.approx(
             {"s": 0.5, "r3_15": 0.25, "x32_15": 0.125, "x32_50": 0.125}, abs=0.04
         )

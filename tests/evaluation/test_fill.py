@@ -8,12 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from t5x_domain.data import packing
+from t5x_domain.data.tasks import Component, Corpus
 from t5x_domain.data.vocabulary import ByteVocabulary, Vocabulary, train_sentencepiece
 from t5x_domain.errors import UserError
 from t5x_domain.evaluation.fill import Blank, compare, fill_spans
 from t5x_domain.models.assemblies import DecoderOnly, EncoderDecoder, EncoderOnly
 from t5x_domain.models.config import ModelConfig
 from t5x_domain.objectives.losses import language_model_loss
+from t5x_domain.objectives.prefix import Metadata, Mode
 from t5x_domain.objectives.span_corruption import SpanCorruption
 from t5x_domain.parallel.mesh import MeshShape
 from t5x_domain.training.state import Blueprint
@@ -154,6 +156,42 @@ def test_a_model_that_learned_its_examples_by_heart_fills_them(model_class, layo
         assert all(blank.correct for blank in filled.blanks)
         written = [blank.written for blank in filled.blanks]
         assert "".join(p + w for p, w in zip(filled.pieces, [*written, ""], strict=True)) == text
+
+
+@pytest.mark.parametrize(
+    ("model_class", "layout"), [(EncoderDecoder, packing.EncoderDecoder()), (DecoderOnly, packing.DecoderOnly())]
+)
+def test_metadata_and_mode_stand_where_training_put_them(model_class, layout):
+    """The same blank, and nothing but what stands before it says what belongs there."""
+    component = Component(None, SpanCorruption(), mode=Mode("[R]"), metadata=Metadata(("{source}:",)))
+    sentinel, eos = SENTINEL[0], BYTES.eos_id
+    inputs = np.array([*BYTES.encode("the "), sentinel, eos], np.int32)
+    answers = {"law:[R]": "judge", "net:[R]": "router", "[R]": "cat", "": "dog", "net:[S]": "cable"}
+    rows = [
+        [packing.Example(inputs, np.array([sentinel, *BYTES.encode(answer), eos], np.int32), 0, BYTES.encode(prefix))]
+        for prefix, answer in answers.items()
+    ]
+    batch = layout.batch(rows, {"inputs": 16, "targets": 12})
+    model_of = blueprint(model_class)
+    adam = optax.adam(1e-2)
+    step = make_train_step(model_of, functools.partial(language_model_loss, num_components=1), adam, seed=0)
+    state = model_of.init_state(model_of.init(0), adam)
+    for _ in range(100):
+        state, _ = step(state, batch)
+
+    def filled(**conditions):
+        example = {"inputs": inputs, "targets": np.array([sentinel, *BYTES.encode("?"), eos], np.int32)}
+        return fill_spans(model_of, state.params, [example], BYTES, max_targets=12, **conditions)[0].blanks[0].written
+
+    assert filled(component=component, metadata={"source": "law"}) == "judge"
+    assert filled(component=component, metadata={"source": "net"}) == "router"
+    assert filled(component=component, metadata={"source": "net"}, mode=Mode("[S]")) == "cable"
+    assert filled(component=component) == "cat"
+    assert filled() == "dog"
+    with pytest.raises(UserError, match="need the field source"):
+        filled(component=component, metadata={"court": "law"})
+    with pytest.raises(UserError, match="was trained without metadata"):
+        filled(component=Component(Corpus("c", None), SpanCorruption()), metadata={"source": "law"})
 
 
 def test_no_examples_no_fills():
