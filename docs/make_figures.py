@@ -501,10 +501,10 @@ def curricula():
 
 
 def label(denoiser):
-    """'R(3, 0.15)', 'S', 'causal LM'."""
+    """'R(3, 0.15)', 'S', 'S, uniform', 'causal LM'."""
     if denoiser.family in "RX":
         return f"{denoiser.family}({denoiser.mean_span_length}, {denoiser.rate:.2f})"
-    return "causal LM" if denoiser.family == "C" else "S"
+    return "causal LM" if denoiser.family == "C" else "S" if denoiser.rate else "S, uniform"
 
 
 def _percent(share):

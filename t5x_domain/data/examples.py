@@ -1,14 +1,15 @@
 """From pieces of a corpus to examples: reads the token cache and applies objective, mode token and metadata."""
 
 import functools
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
 from t5x_domain.data.cache import CachedSplit
-from t5x_domain.data.first_fit import Shape, Source
 from t5x_domain.data.packing import Example, Layout
 from t5x_domain.data.sampling import ExampleRandom, Piece, random_bits
+from t5x_domain.data.shapes import Shape, Source
 from t5x_domain.data.tasks import Component
 from t5x_domain.data.vocabulary import ByteVocabulary, Vocabulary
 from t5x_domain.errors import UserError
@@ -31,6 +32,11 @@ class TokenLine:
     @property
     def num_tokens(self) -> int:
         return int(self.offsets[-1])
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """Tells the line from others in all phases of a run."""
+        return zlib.crc32(self.split.corpus.encode()), self.num_documents
 
     def document(self, position: int) -> int:
         """The document that a token belongs to."""
@@ -165,7 +171,7 @@ class ExampleMaker:
           UserError: lengths that leave no room for text, a vocabulary without the mode token or with too few
             sentinels, metadata that no document has.
         """
-        self.component, self.line, self._id = component, line, component_id
+        self.component, self.component_id, self.line = component, component_id, line
         self.objective, self._vocabulary, self._layout = component.objective, vocabulary, layout
         self._mode = component.mode.ids(vocabulary) if component.mode else NO_TOKENS
         key = random_bits(seed, component_id, 2)
@@ -223,12 +229,13 @@ class ExampleMaker:
         lengths = [self.objective.drawn_lengths(p.stop - p.start, random.at(p)) for p in pieces]
         return np.array(lengths, np.int64).reshape(-1, 2).T + mode
 
-    def source(self, key: tuple[int, ...]) -> Source:
+    @property
+    def source(self) -> Source:
         """The documents, for 'first_fit'."""
-        return Source(key, self.line.offsets)
+        return Source(self.line.key, self.line.offsets)
 
     def example(self, piece: Piece, tokens: np.ndarray, random: ExampleRandom) -> Example:
         """The example of a piece (int32 [n]); the same whenever it is asked for."""
         features = self.objective(tokens, random.at(piece), self._vocabulary)
         prefix = self._mode if self._metadata is None else np.concatenate([self._metadata.of(piece), self._mode])
-        return Example(features["inputs"], features["targets"], self._id, prefix)
+        return Example(features["inputs"], features["targets"], self.component_id, prefix)

@@ -7,7 +7,6 @@ resumed run goes on bit for bit, at any step, and on another number of hosts.
 import dataclasses
 import functools
 import sys
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -108,27 +107,17 @@ class Batches:
         self._layout, self._lengths, self._seed = layout, dict(lengths), seed
         self._batch_size = batch_size
         self._host_rows = (host * batch_size // num_hosts, (host + 1) * batch_size // num_hosts)
-        names = list(component_names or (component.name for component in mixture.components))
-        self._ids = [names.index(component.name) for component in mixture.components]
         self._check_inputs(mixture)
-        by_name = {split.corpus: split for split in splits}
-        eos = vocabulary.eos_id if separator else None
-        lines, keys = {}, {}
-        for corpus in dict.fromkeys(component.corpus.name for component in mixture.components):
-            if corpus not in by_name:
-                raise UserError(f"corpus {corpus} has no cached split here, only {', '.join(by_name)}.")
-            documents = _num_documents(by_name[corpus], (subset or {}).get(corpus))
-            lines[corpus] = TokenLine(by_name[corpus], documents, eos)
-            keys[corpus] = (zlib.crc32(corpus.encode()), documents)
+        lines = _lines(splits, mixture, subset or {}, vocabulary.eos_id if separator else None)
+        names = list(component_names or (component.name for component in mixture.components))
         self._makers = [
-            ExampleMaker(component, number, lines[component.corpus.name], vocabulary, layout, self._lengths, seed)
-            for component, number in zip(mixture.components, self._ids, strict=True)
+            ExampleMaker(c, names.index(c.name), lines[c.corpus.name], vocabulary, layout, self._lengths, seed)
+            for c in mixture.components
         ]
-        keys = [keys[component.corpus.name] for component in mixture.components]
         rates = [component.rate for component in mixture.components]
         if packing == "first_fit":
             self._sampler: Sampler = FirstFit(
-                [(maker.source(key), maker.shape()) for maker, key in zip(self._makers, keys, strict=True)],
+                [(maker.source, maker.shape()) for maker in self._makers],
                 rates,
                 layout.capacity(self._lengths),
                 rows_per_window=rows_per_window,
@@ -142,7 +131,7 @@ class Batches:
                 [maker.raw_length for maker in self._makers],
                 rates,
                 seed,
-                [(*key, number) for key, number in zip(keys, self._ids, strict=True)],
+                [(*maker.line.key, maker.component_id) for maker in self._makers],
             )
         self._num_rows = None if epochs is None else self._sampler.num_rows(epochs)
 
@@ -243,6 +232,19 @@ class Batches:
             return self._sampler.rows(start, stop)
         end = min(stop, max(start, self._num_rows))
         return self._sampler.rows(start, end) + [[] for _ in range(stop - end)]
+
+
+def _lines(
+    splits: Sequence[CachedSplit], mixture: Mixture, subset: Mapping[str, float], separator: int | None
+) -> dict[str, TokenLine]:
+    """The line of every corpus of the mixture."""
+    by_name = {split.corpus: split for split in splits}
+    lines = {}
+    for corpus in (corpus.name for corpus in mixture.corpora):
+        if corpus not in by_name:
+            raise UserError(f"corpus {corpus} has no cached split here, only {', '.join(by_name)}.")
+        lines[corpus] = TokenLine(by_name[corpus], _num_documents(by_name[corpus], subset.get(corpus)), separator)
+    return lines
 
 
 def _num_documents(split: CachedSplit, wanted: float | None) -> int:

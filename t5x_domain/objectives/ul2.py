@@ -23,7 +23,7 @@ class Denoiser(NamedTuple):
     Attributes:
       family: 'R' and 'X' are span corruption (regular, extreme), 'S' is prefix LM, 'C' is causal LM.
       mean_span_length: tokens, of R and X; None for S and C.
-      rate: share of the tokens that is corrupted, of R and X; of S the share predicted, or None to leave it to `split`.
+      rate: share of the tokens that is corrupted, of R and X; of S the share predicted, or None for a uniform cut.
       mode: mode token; None for none.
       weight: share in the mix, in [0, 1].
     """
@@ -93,7 +93,7 @@ def mixture_of_denoisers(
       denoisers: a preset (a key of `PRESETS`), or a list of (family, mean span length, rate, mode token, weight), see
         `Denoiser`. The weights sum to 1.
       rates: of the corpora, relative to one another; None for equal ones.
-      split: how S cuts the text. 'suffix' predicts its last quarter (or the denoiser's `rate`), the paper's definition;
+      split: how S cuts the text if it has a rate. 'suffix' predicts the last quarter (the rate), the paper's definition;
         'uniform' cuts anywhere, the released preprocessor's. See `PrefixLM`.
       mode_form: 'text' writes mode tokens in ordinary pieces; 'id' gives each an id of its own, in a vocabulary that
         `prepare` trains, and calls the released [NLU], [NLG], [S2S] by the paper's [R], [X], [S]; None leaves them out.
@@ -158,11 +158,12 @@ def _objective(denoiser: Denoiser, split: str) -> Objective:
     if family == "C":
         return CausalLM(name="c")
     if family == "S":
-        quarter = PrefixLM(split=split, name="s" if split == "suffix" else "s_uniform")
-        if rate in (None, quarter.mean_suffix):
+        if rate is None or split == "uniform":
+            return PrefixLM(split="uniform", name="s_uniform")
+        quarter = PrefixLM(split="suffix", name="s")
+        if rate == quarter.mean_suffix:
             return quarter
-        name = f"s{_percent(rate)}" if split == "suffix" else quarter.name
-        return dataclasses.replace(quarter, mean_suffix=rate, name=name)
+        return dataclasses.replace(quarter, mean_suffix=rate, name=f"s{_percent(rate)}")
     name = f"{family.lower()}{span:g}".replace(".", "p") + _percent(rate)
     return SpanCorruption(noise_density=rate, mean_span_length=span, name=name)
 

@@ -3,7 +3,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from t5x_domain.data.first_fit import FirstFit, Room, Shape, Source
+from t5x_domain.data.first_fit import FirstFit, Room
+from t5x_domain.data.shapes import Shape, Source
 from t5x_domain.objectives.language_modeling import PrefixLM
 from t5x_domain.objectives.span_corruption import SpanCorruption
 
@@ -95,7 +96,7 @@ def test_epochs_differ_in_order():
 def test_rows_do_not_overflow_and_pieces_stay_inside_documents(lengths, window):
     takes = shape()
     offsets = np.concatenate([[0], np.cumsum(lengths)])
-    rows, _ = first_fit([(source(lengths), takes)]).plan(window)
+    rows = first_fit([(source(lengths), takes)]).plan(window).rows
     assert len(rows) == 8
     for row in rows:
         room = sum((takes.lengths[:, piece.stop - piece.start] for piece in row), np.zeros(2, int))

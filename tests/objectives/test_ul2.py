@@ -111,9 +111,9 @@ def test_extreme_is_long_or_much(family):
         ("ul2r_502525", {"s": 0.5, "r3_15": 0.25, "x32_15": 0.125, "x32_50": 0.125}),
         ("t5", {"r3_15": 1}),
         ("causal_lm", {"c": 1}),
-        ("prefix_lm", {"s": 1}),
+        ("prefix_lm", {"s_uniform": 1}),
         ("t5_and_causal_lm", {"r3_15": 0.5, "c": 0.5}),
-        ("unilm", {"c": 1 / 3, "s": 1 / 3, "r1_15": 1 / 3}),
+        ("unilm", {"c": 1 / 3, "s_uniform": 1 / 3, "r1_15": 1 / 3}),
         ("r_only", {"r3_15": 0.5, "r8_15": 0.5}),
         ("s_only", {"s": 1}),
         ("x_only", {"x3_50": 0.25, "x8_50": 0.25, "x64_15": 0.25, "x64_50": 0.25}),
@@ -180,7 +180,9 @@ def test_baselines_have_no_modes(preset):
 def test_splits():
     assert objectives("s_only") == {"s": PrefixLM("suffix", 0.25, "s")}
     assert objectives("s_only", split="uniform") == {"s_uniform": PrefixLM("uniform", 0.25, "s_uniform")}
-    assert objectives("prefix_lm") == {"s": PrefixLM("suffix", 0.25, "s")}
+    # T5's prefix LM, the baseline, cuts anywhere whatever UL2's S does.
+    for split in ("suffix", "uniform"):
+        assert objectives("prefix_lm", split=split) == {"s_uniform": PrefixLM("uniform", 0.25, "s_uniform")}
     both = [("S", None, 0.5, None, 0.5), ("S", None, 0.25, None, 0.25), ("S", None, 0.125, None, 0.25)]
     assert {name: o.mean_suffix for name, o in objectives(both).items()} == {"s": 0.25, "s_50": 0.5, "s_12p5": 0.125}
 
