@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint clean setup bench
+.PHONY: demo test lint clean setup bench studies
 
 demo: setup
 	$(BIN)/python -m t5x_domain.demo
@@ -17,7 +17,14 @@ lint: setup
 
 bench: setup
 	$(BIN)/python benchmarks/data_pipeline.py
+	$(BIN)/python benchmarks/packing.py
+	$(BIN)/python benchmarks/objectives.py
 	$(BIN)/python benchmarks/train_step.py
+
+# An hour or so; docs/studies/ holds what they write.
+studies: setup
+	$(BIN)/python benchmarks/studies/ul2_ablation.py
+	$(BIN)/python benchmarks/studies/meco.py
 
 setup: $(READY)
 

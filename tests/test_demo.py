@@ -46,7 +46,7 @@ def run(verb, folder, *flags):
 def run_demo(folder, *flags):
     settings = {
         "VOCABULARY_SIZE": 1000,
-        "ModelConfig.vocab_size": 1152,
+        "ModelConfig.vocab_size": 1280,
         "ModelConfig.embed_dim": 128,
         "ModelConfig.mlp_dim": 256,
         "ModelConfig.head_dim": 32,
