@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from t5x_domain.objectives.prefix import Metadata, Mode
 
 
+# The mode that a component was trained with.
+AS_TRAINED = object()
+
+
 @gin.configurable
 @dataclasses.dataclass(frozen=True)
 class Corpus:
@@ -74,6 +78,27 @@ class Component:
     @property
     def name(self) -> str:
         return f"{self.corpus.name}_{self.objective.name}"
+
+    def conditioned(self, metadata: str | Mapping[str, Any] | None, mode: Any = AS_TRAINED) -> "Component":
+        """The component as it is to be asked: with these metadata and in this mode.
+
+        Args:
+          metadata: None for none; "own" for every document's own; {field: value} for these before every document.
+          mode: a `Mode` instead of the component's own, or None for none.
+
+        Raises:
+          UserError: it was declared without metadata, hence has no template for them.
+        """
+        if metadata is not None and self.metadata is None:
+            raise UserError(
+                f"metadata={metadata!r}: '{self.name}' was trained without metadata; leave it out, or train with "
+                "mixture_of_denoisers.metadata = @Metadata()."
+            )
+        before = None
+        if metadata is not None:
+            fields = None if metadata == "own" else dict(metadata)
+            before = dataclasses.replace(self.metadata, rate=1.0, fields=fields)
+        return dataclasses.replace(self, metadata=before, mode=self.mode if mode is AS_TRAINED else mode)
 
 
 @gin.configurable

@@ -13,12 +13,12 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from t5x_domain.data import packing
-from t5x_domain.data.tasks import Component
+from t5x_domain.data.tasks import AS_TRAINED, Component
 from t5x_domain.data.vocabulary import ByteVocabulary, Vocabulary
 from t5x_domain.errors import UserError
 from t5x_domain.objectives.prefix import NO_TOKENS, prefix_ids
 from t5x_domain.parallel.sharding import use_mesh
-from t5x_domain.training.feed import AS_TRAINED, LAYOUTS, conditioned
+from t5x_domain.training.feed import LAYOUTS
 from t5x_domain.training.state import Blueprint
 
 
@@ -84,7 +84,7 @@ def fill_spans(
         return []
     prefix = NO_TOKENS
     if component is not None:
-        asked = conditioned(component, metadata, mode)
+        asked = component.conditioned(metadata, mode)
         if asked.metadata is not None:
             asked.metadata.check_fields(set(), "")
         prefix = prefix_ids(vocabulary, metadata=asked.metadata, mode=asked.mode)

@@ -1,6 +1,5 @@
 """What a run reads: the token caches of its mixture, opened, checked, and turned into arrays on the mesh."""
 
-import dataclasses
 import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -13,15 +12,13 @@ from t5x_domain.data import packing
 from t5x_domain.data.cache import CachedSplit, TokenCache
 from t5x_domain.data.curriculum import Curriculum, shares_seen
 from t5x_domain.data.loader import Batches, iterate
-from t5x_domain.data.tasks import Component, Corpus, Mixture
+from t5x_domain.data.tasks import AS_TRAINED, Component, Corpus, Mixture
 from t5x_domain.errors import UserError
 from t5x_domain.evaluation.perplexity import held_out_scores
 from t5x_domain.models.assemblies import DecoderOnly, EncoderDecoder
 from t5x_domain.parallel.sharding import sharding
 from t5x_domain.training.run import Run
 
-# The mode that a component was trained with.
-AS_TRAINED = object()
 # How examples become the features that an assembly takes.
 LAYOUTS = {EncoderDecoder: packing.EncoderDecoder(), DecoderOnly: packing.DecoderOnly()}
 
@@ -56,7 +53,7 @@ class Feed:
         self.batches = Curriculum(run.phases, run.total_steps, self._train_batches)
         self._held_out: dict[str, tuple[Batches, float]] = {}
         for component in self.eval_components:  # so that what is wrong with them is said before anything is compiled
-            self._held_out_of(conditioned(component, None))
+            self._held_out_of(component.conditioned(None))
 
     def train_batches(self, start: int) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
         """This process's rows of the batches of updates start + 1, start + 2, … `run.total_steps`, numbered so."""
@@ -89,7 +86,7 @@ class Feed:
         """
         scores = {}
         for component in self.eval_components:
-            batches, bytes_per_token = self._held_out_of(conditioned(component, metadata, mode))
+            batches, bytes_per_token = self._held_out_of(component.conditioned(metadata, mode))
             steps = range(min(batches.num_steps, self._run.eval_batches or batches.num_steps))
             features = (self.put(batches[step]) for step in steps)
             name = self._held_out_name(component)
@@ -155,22 +152,3 @@ class Feed:
             batches = self._batches(alone, self._run.eval_split, epochs=1)
             self._held_out[key] = batches, split.num_bytes / split.num_tokens
         return self._held_out[key]
-
-
-def conditioned(component: Component, metadata: str | Mapping[str, Any] | None, mode: Any = AS_TRAINED) -> Component:
-    """The component with other metadata and mode, see `Feed.held_out`.
-
-    Raises:
-      UserError: the component was declared without metadata, hence has no template for them.
-    """
-    if metadata is not None and component.metadata is None:
-        raise UserError(
-            f"metadata={metadata!r}: '{component.name}' was trained without metadata; "
-            "leave it out, or train with mixture_of_denoisers.metadata = @Metadata()."
-        )
-    if metadata is None:
-        before = None
-    else:
-        fields = None if metadata == "own" else dict(metadata)
-        before = dataclasses.replace(component.metadata, rate=1.0, fields=fields)
-    return dataclasses.replace(component, metadata=before, mode=component.mode if mode is AS_TRAINED else mode)
