@@ -93,8 +93,8 @@ def mixture_of_denoisers(
       denoisers: a preset (a key of `PRESETS`), or a list of (family, mean span length, rate, mode token, weight), see
         `Denoiser`. The weights sum to 1.
       rates: of the corpora, relative to one another; None for equal ones.
-      split: how S cuts the text if it has a rate. 'suffix' predicts so much of its end, the paper's definition; 'uniform'
-        cuts anywhere, the released preprocessor's. See `PrefixLM`.
+      split: how S cuts the text if it has a rate. 'suffix' predicts that share of its end, the paper's definition;
+        'uniform' cuts anywhere, the released preprocessor's. See `PrefixLM`.
       mode_form: 'text' writes mode tokens in ordinary pieces; 'id' gives each an id of its own, in a vocabulary that
         `prepare` trains, and calls the released [NLU], [NLG], [S2S] by the paper's [R], [X], [S]; None leaves them out.
       metadata: a document's metadata before it; None for none.
