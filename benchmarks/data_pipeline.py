@@ -131,7 +131,7 @@ def measure_first_batch(setting, step):
 
 def measure_workers(setting, num_workers):
     batches = iterate(make_batches(setting, "first_fit"), num_workers=num_workers)
-    return tokens_per_second((batch for _, batch in batches), count_segments, setting["seconds"], warm_up=32)
+    return tokens_per_second((batch for _, batch, _ in batches), count_segments, setting["seconds"], warm_up=32)
 
 
 def measure_packing(setting, packing):

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -63,8 +64,12 @@ def _mode(token: str, run: "Run") -> "Mode":
     """The mode as some component of the run writes it; a new one as text."""
     from t5x_domain.objectives.prefix import Mode
 
-    trained = [c.mode for phase in run.phases for c in phase.mixture.components if c.mode and c.mode.token == token]
-    return trained[0] if trained else Mode(token)
+    mixtures = [phase.mixture for phase in run.phases] + ([run.eval_mixture] if run.eval_mixture else [])
+    trained = {c.mode.token: c.mode for mixture in mixtures for c in mixture.components if c.mode}
+    if token not in trained:
+        known = ", ".join(trained) or "none"
+        print(f"--mode={token}: the run was not trained with it (but with {known}); written as text", file=sys.stderr)
+    return trained.get(token, Mode(token))
 
 
 if __name__ == "__main__":

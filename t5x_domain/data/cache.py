@@ -20,6 +20,7 @@ import json
 import os
 import shutil
 import struct
+import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -228,12 +229,12 @@ class CachedSplit:
         """An array that is made from the split once and then kept beside it, under a name that says what it is."""
         path = self._folder / f"{self.split}-{name}.npy"
         if path.exists():
-            return np.load(path)
+            return np.load(path, mmap_mode="r")
         array = make()
-        partial = path.with_name(f".{path.stem}.partial-{os.getpid()}.npy")
-        with contextlib.suppress(PermissionError):  # A cache that may only be read works too, only more slowly.
-            np.save(partial, array)
-            partial.replace(path)
+        # A cache that may only be read works too, only more slowly. Other hosts may do the same at this moment.
+        with contextlib.suppress(OSError), tempfile.TemporaryDirectory(dir=self._folder, prefix=".partial-") as partial:
+            np.save(f"{partial}/{path.name}", array)
+            os.replace(f"{partial}/{path.name}", path)
         return array
 
     def documents(self, start: int, stop: int) -> list[np.ndarray]:

@@ -59,6 +59,10 @@ class Phase:
         for key in given:
             if not getattr(self, key) > 0:
                 raise UserError(f"Phase.{key} = {getattr(self, key)}: it must be above 0.")
+        if self.steps is not None and not isinstance(self.steps, int):
+            raise UserError(f"Phase.steps = {self.steps}: it must be an integer.")
+        if self.metadata_rate is not None and not 0 <= self.metadata_rate <= 1:
+            raise UserError(f"Phase.metadata_rate = {self.metadata_rate}: it must lie between 0 and 1.")
         corpora = [corpus.name for corpus in self.mixture.corpora]
         if unknown := [corpus for corpus in self.subset if corpus not in corpora]:
             raise UserError(
@@ -136,9 +140,13 @@ class Curriculum:
         lengths = [rest if length is None else length for length in lengths]
         if sum(lengths) != total or min(lengths) < 1:
             listed = ", ".join(f"{name} {length:,}" for name, length in zip(self.names, lengths, strict=True))
+            remedy = (
+                "Make shares sum to 1, or leave the length of one phase open."
+                if sum(lengths) != total
+                else "Each needs a step at least: raise TRAIN_STEPS, or shorten the other phases."
+            )
             raise UserError(
-                f"the phases do not fill the run of {total:,} steps (TRAIN_STEPS), they have {listed}. Make shares sum "
-                "to 1, or leave the length of one phase open."
+                f"the phases do not fill the run of {total:,} steps (TRAIN_STEPS), they have {listed}. {remedy}"
             )
         return [sum(lengths[:number]) for number in range(len(lengths))]
 
@@ -171,14 +179,19 @@ class Curriculum:
         phase = self.phase_of(step)
         return self._batches[phase].seen(step - self.starts[phase])
 
-    def raw_tokens(self, start: int, stop: int) -> dict[str, dict[str, int]]:
-        """{phase: {component: raw tokens}} of the updates after [start, stop) updates, over all hosts."""
-        result: dict[str, dict[str, int]] = {}
-        for step in range(start, stop):
-            phase = self.phase_of(step)
-            sums = result.setdefault(self.names[phase], {})
-            for component, tokens in self._batches[phase].raw_tokens(step - self.starts[phase]).items():
-                sums[component] = sums.get(component, 0) + tokens
+    def raw_tokens(self, step: int) -> dict[str, int]:
+        """Raw tokens of each component, by name, in this host's rows of the update after `step` updates."""
+        phase = self.phase_of(step)
+        return self._batches[phase].raw_tokens(step - self.starts[phase])
+
+    def describe(self) -> list[str]:
+        """A line on each phase: its name, updates, and subsets."""
+        result = []
+        for name, (start, stop), batches in zip(self.names, self.spans, self._batches, strict=True):
+            parts = [
+                f"{corpus}: {documents:,} documents, {tokens:,} tokens" for corpus, documents, tokens in batches.subsets
+            ]
+            result.append(f"{name}: updates {start + 1:,} to {stop:,}" + (f" ({'; '.join(parts)})" if parts else ""))
         return result
 
 

@@ -13,7 +13,7 @@ from t5x_domain.data.shapes import Shape, Source
 from t5x_domain.data.tasks import Component
 from t5x_domain.data.vocabulary import ByteVocabulary, Vocabulary
 from t5x_domain.errors import UserError
-from t5x_domain.objectives.prefix import NO_TOKENS
+from t5x_domain.objectives.prefix import NO_TOKENS, Metadata
 
 # Metadata of documents are read this many at a time.
 _DOCUMENTS_AT_ONCE = 4096
@@ -90,20 +90,20 @@ def _encoded(vocabulary: Vocabulary | ByteVocabulary, text: str) -> np.ndarray:
 class MetadataOf:
     """Which documents of a line carry metadata, and which."""
 
-    def __init__(self, component: Component, line: TokenLine, vocabulary: Vocabulary | ByteVocabulary, key: int):
+    def __init__(self, metadata: Metadata, line: TokenLine, vocabulary: Vocabulary | ByteVocabulary, key: int):
         """`key` seeds the draw.
 
         Raises:
           UserError: a template needs a field that no document has.
         """
-        self._metadata, self._line, self._vocabulary, self._key = component.metadata, line, vocabulary, key
+        self._metadata, self._line, self._vocabulary, self._key = metadata, line, vocabulary, key
         split = line.split
         self._metadata.check_fields(split.metadata_fields, f"corpus '{split.corpus}', split '{split.split}',")
         if self._metadata.fields is not None:
-            self._lengths = np.full(line.num_documents, len(self._encode(self._metadata.text({}))), np.int64)
+            self._lengths = np.full(line.num_documents, len(self._encode(self._metadata.text({}))), np.uint16)
         else:
             name = f"metadata-{self._metadata.fingerprint}-{vocabulary.fingerprint[:16]}"
-            self._lengths = split.derived(name, self._all_lengths)[: line.num_documents].astype(np.int64)
+            self._lengths = split.derived(name, self._all_lengths)[: line.num_documents]
 
     @property
     def longest(self) -> int:
@@ -113,11 +113,11 @@ class MetadataOf:
     @property
     def mean(self) -> float:
         """Expected tokens of a document."""
-        return self._metadata.rate * int(self._lengths.sum()) / len(self._lengths)
+        return self._metadata.rate * int(self._lengths.sum(dtype=np.int64)) / len(self._lengths)
 
     def lengths(self, epoch: int, documents: np.ndarray) -> np.ndarray:
         """Tokens that each of the documents (int64 [n]) carries in an epoch, int64 [n]."""
-        return self._lengths[documents] * self._drawn(epoch, documents)
+        return self._lengths[documents].astype(np.int64) * self._drawn(epoch, documents)
 
     def of(self, piece: Piece) -> np.ndarray:
         """Token ids for the example of a piece, int32 [n]."""
@@ -164,8 +164,9 @@ class ExampleMaker:
         layout: Layout,
         lengths: Mapping[str, int],
         seed: int,
+        room_for: Component | None = None,
     ):
-        """`component_id` marks the component's targets in a batch.
+        """`component_id` marks the component's targets in a batch; for `room_for` see `Batches`.
 
         Raises:
           UserError: lengths that leave no room for text, a vocabulary without the mode token or with too few
@@ -174,10 +175,16 @@ class ExampleMaker:
         self.component, self.component_id, self.line = component, component_id, line
         self.objective, self._vocabulary, self._layout = component.objective, vocabulary, layout
         self._mode = component.mode.ids(vocabulary) if component.mode else NO_TOKENS
-        key = random_bits(seed, component_id, 2)
-        self._metadata = MetadataOf(component, line, vocabulary, key) if component.metadata else None
+        # By name, so that the same component of another mixture makes the same examples.
+        self.key = (zlib.crc32(component.name.encode()), *line.key)
+        self._key = random_bits(*self.key)
+        self._metadata = self._metadata_of(component, line, seed) if component.metadata else None
         self._seed = seed
         before = len(self._mode) + (self._metadata.longest if self._metadata else 0)
+        if room_for is not None:
+            trained = self._metadata_of(room_for, line, seed).longest if room_for.metadata else 0
+            before = max(before, trained + (len(room_for.mode.ids(vocabulary)) if room_for.mode else 0))
+        self._reserved = None if room_for is None else before
         self._lengths, self._room = lengths, {**lengths, "inputs": lengths["inputs"] - before}
         rooms = zip(layout.capacity(self._room), layout.capacity(lengths), strict=True)
         if before and min(room for room, whole in rooms if whole) < 2:
@@ -185,6 +192,9 @@ class ExampleMaker:
                 f"{component.name}: metadata and mode token take {before} tokens, which leaves no room in "
                 f"{dict(lengths)}; raise the inputs length or lower Metadata.max_tokens."
             )
+
+    def _metadata_of(self, component: Component, line: TokenLine, seed: int) -> MetadataOf:
+        return MetadataOf(component.metadata, line, self._vocabulary, random_bits(seed, self._key, 2))
 
     @property
     def raw_length(self) -> int:
@@ -211,7 +221,10 @@ class ExampleMaker:
                 f"{self.objective.name}: sequences of {self._lengths} are too short for two tokens of text."
             )
         self.objective.check_sentinels(longest, self._vocabulary)
-        mode = np.array(self._layout.prefix_cost)[:, None] * len(self._mode)
+        # What every example has before it: the mode token, or the room that is kept.
+        constant = len(self._mode) if self._reserved is None else self._reserved
+        mode = np.array(self._layout.prefix_cost)[:, None] * constant
+        varies = self._metadata is not None and self._reserved is None
         means = [self._layout.mean_cost(self.objective, num_raw) for num_raw in range(longest + 1)]
         table, mean = np.array(lengths, np.int64).T + mode, np.array(means, np.float64).T + mode
         table[:, 0] = mean[:, 0] = 0
@@ -220,13 +233,13 @@ class ExampleMaker:
             mean=mean,
             draw=functools.partial(self._draw, mode) if self._layout.random_cost(self.objective) else None,
             prefix_cost=self._layout.prefix_cost,
-            prefixes=self._metadata.lengths if self._metadata else None,
-            mean_prefix=self._metadata.mean if self._metadata else 0.0,
+            prefixes=self._metadata.lengths if varies else None,
+            mean_prefix=self._metadata.mean if varies else 0.0,
         )
 
     def _draw(self, mode: np.ndarray, pieces: Sequence[Piece]) -> np.ndarray:
         random = ExampleRandom(self._seed)  # threads that plan at once need one each
-        lengths = [self.objective.drawn_lengths(p.stop - p.start, random.at(p)) for p in pieces]
+        lengths = [self.objective.drawn_lengths(p.stop - p.start, random.at(p, self._key)) for p in pieces]
         return np.array(lengths, np.int64).reshape(-1, 2).T + mode
 
     @property
@@ -236,6 +249,6 @@ class ExampleMaker:
 
     def example(self, piece: Piece, tokens: np.ndarray, random: ExampleRandom) -> Example:
         """The example of a piece (int32 [n]); the same whenever it is asked for."""
-        features = self.objective(tokens, random.at(piece), self._vocabulary)
+        features = self.objective(tokens, random.at(piece, self._key), self._vocabulary)
         prefix = self._mode if self._metadata is None else np.concatenate([self._metadata.of(piece), self._mode])
         return Example(features["inputs"], features["targets"], self.component_id, prefix)

@@ -91,8 +91,8 @@ class FirstFit(Sampler):
     def dropped(self, start: int, stop: int) -> list[Piece]:
         return [piece for window in self._windows(start, stop) for piece in window.dropped]
 
-    def num_rows(self, epochs: float, component: int = 0) -> int:
-        source = self._components[component][0]
+    def num_rows(self, epochs: float, components: Sequence[int]) -> int:
+        source = self._components[components[0]][0]  # Its other components take their part of the same budget.
         return math.ceil(epochs * source.num_tokens / self._budget(source)) * self._rows_per_window
 
     def begin_at(self, starts: Mapping[tuple[int, ...], int]) -> None:

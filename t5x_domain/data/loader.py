@@ -20,7 +20,7 @@ from t5x_domain.data.examples import ExampleMaker, TokenLine
 from t5x_domain.data.first_fit import FirstFit, Window
 from t5x_domain.data.packing import Batch, Layout
 from t5x_domain.data.sampling import ConcatAndSplit, ExampleRandom, Piece, Sampler
-from t5x_domain.data.tasks import Mixture
+from t5x_domain.data.tasks import Component, Mixture
 from t5x_domain.data.vocabulary import Vocabulary
 from t5x_domain.errors import UserError
 
@@ -47,7 +47,7 @@ class PackingStats:
 
 
 @gin.configurable(
-    denylist=["splits", "mixture", "vocabulary", "host", "num_hosts", "epochs", "component_names", "subset"]
+    denylist=["splits", "mixture", "vocabulary", "host", "num_hosts", "epochs", "component_names", "subset", "room_for"]
 )
 class Batches:
     """This host's rows of every global batch, by step.
@@ -70,6 +70,8 @@ class Batches:
         mixture's.
       subset: {corpus: documents (an integer) or share of them (a fraction)}, the first ones of the stored order, which
         is a random one.
+      room_for: rows keep room for the metadata and mode token of this component, whatever stands there, so that the
+        same text can be scored under several conditions.
 
     Raises:
       UserError: settings that do not go together, or an objective that overruns lengths or vocabulary.
@@ -94,6 +96,7 @@ class Batches:
         epochs: int | None = None,
         component_names: Sequence[str] | None = None,
         subset: Mapping[str, float] | None = None,
+        room_for: Component | None = None,
     ):
         _check_rows(batch_size, num_hosts, rows_per_window, fill, seed)
         if epochs is not None and len(mixture.components) > 1:
@@ -107,11 +110,14 @@ class Batches:
         self._layout, self._lengths, self._seed = layout, dict(lengths), seed
         self._batch_size = batch_size
         self._host_rows = (host * batch_size // num_hosts, (host + 1) * batch_size // num_hosts)
-        self._check_inputs(mixture)
+        if epochs is None:  # A component that is scored by itself may be causal.
+            self._check_inputs(mixture)
         lines = _lines(splits, mixture, subset or {}, vocabulary.eos_id if separator else None)
         names = list(component_names or (component.name for component in mixture.components))
         self._makers = [
-            ExampleMaker(c, names.index(c.name), lines[c.corpus.name], vocabulary, layout, self._lengths, seed)
+            ExampleMaker(
+                c, names.index(c.name), lines[c.corpus.name], vocabulary, layout, self._lengths, seed, room_for
+            )
             for c in mixture.components
         ]
         rates = [component.rate for component in mixture.components]
@@ -131,9 +137,9 @@ class Batches:
                 [maker.raw_length for maker in self._makers],
                 rates,
                 seed,
-                [(*maker.line.key, maker.component_id) for maker in self._makers],
+                [(*maker.key, maker.raw_length) for maker in self._makers],
             )
-        self._num_rows = None if epochs is None else self._sampler.num_rows(epochs)
+        self._num_rows = None if epochs is None else self._sampler.num_rows(epochs, [0])
 
     def _check_inputs(self, mixture: Mixture) -> None:
         if self._layout.prefix_cost[0] and not any(c.objective.lengths(2)[0] for c in mixture.components):
@@ -153,9 +159,19 @@ class Batches:
         return self.num_steps
 
     def steps_of_epochs(self, epochs: float, corpus: str) -> int:
-        """Steps that hold `epochs` passes over a corpus."""
-        component = [maker.component.corpus.name for maker in self._makers].index(corpus)
-        return -(-self._sampler.num_rows(epochs, component) // self._batch_size)
+        """Steps that hold `epochs` passes over a corpus, by all its components together."""
+        components = [i for i, maker in enumerate(self._makers) if maker.component.corpus.name == corpus]
+        return -(-self._sampler.num_rows(epochs, components) // self._batch_size)
+
+    @property
+    def subsets(self) -> list[tuple[str, int, int]]:
+        """(corpus, documents, tokens) of the corpora of which only a part is used."""
+        lines = {maker.component.corpus.name: maker.line for maker in self._makers}
+        return [
+            (corpus, line.num_documents, line.num_tokens)
+            for corpus, line in lines.items()
+            if line.num_documents < len(line.split.offsets) - 1
+        ]
 
     def begin_at(self, starts: Mapping[tuple[int, ...], int]) -> None:
         """Begins where the `consumed` of an earlier phase left; to be called before any batch is made."""
@@ -187,9 +203,9 @@ class Batches:
         return result
 
     def raw_tokens(self, step: int) -> dict[str, int]:
-        """Raw tokens of each component in all hosts' rows of a step, by the component's name."""
+        """Raw tokens of each component in this host's rows of a step, by the component's name."""
         result = {maker.component.name: 0 for maker in self._makers}
-        for piece in (piece for row in self._rows(*self._row_range(step, all_hosts=True)) for piece in row):
+        for piece in (piece for row in self._rows(*self._row_range(step)) for piece in row):
             result[self._makers[piece.component].component.name] += piece.stop - piece.start
         return result
 
@@ -221,11 +237,10 @@ class Batches:
             dropped_share=dropped_tokens / max(1, dropped_tokens + raw_tokens),
         )
 
-    def _row_range(self, step: int, *, all_hosts: bool = False) -> tuple[int, int]:
+    def _row_range(self, step: int) -> tuple[int, int]:
         if step < 0 or (self.num_steps is not None and step >= self.num_steps):
             raise IndexError(f"step {step} of {self.num_steps}")
-        rows = (0, self._batch_size) if all_hosts else self._host_rows
-        return tuple(step * self._batch_size + row for row in rows)
+        return tuple(step * self._batch_size + row for row in self._host_rows)
 
     def _rows(self, start: int, stop: int) -> list[list[Piece]]:
         if self._num_rows is None:
@@ -272,8 +287,8 @@ def _check_rows(batch_size: int, num_hosts: int, rows_per_window: int, fill: flo
         raise UserError(f"seed={seed} must not be negative.")
 
 
-def _numbered(batches: Batches, step: int) -> tuple[int, Batch]:
-    return step, batches[step]
+def _numbered(batches: Batches, step: int) -> tuple[int, Batch, dict[str, int]]:
+    return step, batches[step], batches.raw_tokens(step)
 
 
 def iterate(
@@ -284,8 +299,8 @@ def iterate(
     num_workers: int = 0,
     num_threads: int = 1,
     prefetch: int = 4,
-) -> Iterator[tuple[int, Batch]]:
-    """(step, batch) from `start_step` on, made ahead of time in the background, always in order.
+) -> Iterator[tuple[int, Batch, dict[str, int]]]:
+    """(step, batch, `Batches.raw_tokens`) from `start_step` on, made ahead of time in the background, always in order.
 
     Args:
       batches: what to iterate over.

@@ -11,7 +11,7 @@ import numpy as np
 from t5x_domain.data.cache import CachedSplit, TokenCache
 from t5x_domain.data.curriculum import Phase
 from t5x_domain.data.pipeline import write_cache
-from t5x_domain.data.tasks import Corpus
+from t5x_domain.data.tasks import Corpus, Mixture
 from t5x_domain.data.vocabulary import ByteVocabulary, Vocabulary, train_sentencepiece
 from t5x_domain.errors import UserError
 
@@ -25,6 +25,7 @@ def prepare(
     num_shards: int = 4,
     vocabulary_size: int | None = None,
     vocabulary_split: str = "train",
+    eval_mixture: Mixture | None = None,
     inputs_length: int | None = 512,
     overwrite: bool = False,
     beam_flags: Sequence[str] | None = None,
@@ -41,6 +42,7 @@ def prepare(
       num_shards: shards of each split.
       vocabulary_size: pieces to train if `vocabulary.model_file` does not exist, sentinels not included.
       vocabulary_split: the split of each corpus whose documents the vocabulary is trained on.
+      eval_mixture: what held-out text will be scored with; its corpora are cached, too.
       inputs_length: tokens in a row's inputs, for which the best targets length is worked out; None for no advice.
       overwrite: write the caches again instead of keeping them. The vocabulary is never overwritten.
       beam_flags: flags of a Beam pipeline that does the work, None for this process.
@@ -50,14 +52,14 @@ def prepare(
     """
     if num_shards < 1:
         raise UserError(f"prepare.num_shards is {num_shards}; it must be 1 or more.")
-    corpora = _corpora(phases)
+    mixtures = [phase.mixture for phase in phases] + ([] if eval_mixture is None else [eval_mixture])
+    corpora = _corpora(mixtures)
     if vocabulary_size is not None:
-        special_tokens = list(dict.fromkeys(token for phase in phases for token in phase.mixture.special_tokens))
+        special_tokens = list(dict.fromkeys(token for mixture in mixtures for token in mixture.special_tokens))
         _ensure_vocabulary(corpora, vocabulary, vocabulary_size, vocabulary_split, special_tokens)
-    for phase in phases:
-        for component in phase.components:
-            if component.mode:
-                component.mode.ids(vocabulary)
+    for component in (component for mixture in mixtures for component in mixture.components):
+        if component.mode:
+            component.mode.ids(vocabulary)
     caches = []
     for corpus in corpora:
         if overwrite or not _is_complete(corpus, vocabulary, cache_dir):
@@ -83,11 +85,11 @@ def _advice(
     split: str,
     inputs: int,
 ) -> str:
-    """Which lengths waste least on a phase's mixture."""
+    """Which lengths of an encoder-decoder waste least on a phase's mixture."""
     from t5x_domain.data.lengths import recommend  # reads batches, hence imports Grain and JAX
 
     mixture = dataclasses.replace(phase.mixture, components=phase.components)
-    head = f"{phase.name or name}, Run.packing = 'first_fit', {inputs} inputs:"
+    head = f"{phase.name or name}, encoder-decoder, Run.packing = 'first_fit', {inputs} inputs:"
     names = [corpus.name for corpus in mixture.corpora]
     try:
         splits = [cache.split(split) for cache in caches if cache.manifest["corpus"] in names]
@@ -116,12 +118,12 @@ def _skipped(cache: TokenCache, split: str) -> str:
     return "".join(f"\n  {'':12} {count:11,} skipped: {reason}" for reason, count in skipped.items())
 
 
-def _corpora(phases: Sequence[Phase]) -> list[Corpus]:
-    """Each corpus of the phases once."""
+def _corpora(mixtures: Sequence[Mixture]) -> list[Corpus]:
+    """Each corpus once."""
     found: dict[str, Corpus] = {}
-    for corpus in (corpus for phase in phases for corpus in phase.mixture.corpora):
+    for corpus in (corpus for mixture in mixtures for corpus in mixture.corpora):
         if found.setdefault(corpus.name, corpus) != corpus:
-            raise UserError(f"two phases have different corpora named '{corpus.name}'; rename one.")
+            raise UserError(f"two mixtures have different corpora named '{corpus.name}'; rename one.")
     return list(found.values())
 
 

@@ -36,8 +36,8 @@ class Sampler(abc.ABC):
         """Pieces of rows [start, stop), one list a row."""
 
     @abc.abstractmethod
-    def num_rows(self, epochs: float, component: int = 0) -> int:
-        """Rows that hold `epochs` passes over a component's source; the last ones may be short or empty."""
+    def num_rows(self, epochs: float, components: Sequence[int]) -> int:
+        """Rows in which components of one source pass over it `epochs` times; the last ones may be short or empty."""
 
     @abc.abstractmethod
     def begin_at(self, starts: Mapping[tuple[int, ...], int]) -> None:
@@ -77,14 +77,11 @@ class ConcatAndSplit(Sampler):
     def rows(self, start: int, stop: int) -> list[list[Piece]]:
         return [[self._piece(*self._component(row))] for row in range(start, stop)]
 
-    def num_rows(self, epochs: float, component: int = 0) -> int:
-        pieces = math.ceil(epochs * _num_chunks(*self._lines[component]))
-        row = math.floor(pieces / self._share(component))  # rounding may leave it a row or two off
-        while self._counts(row)[component] < pieces:
-            row += 1
-        while row and self._counts(row - 1)[component] >= pieces:
-            row -= 1
-        return row
+    def num_rows(self, epochs: float, components: Sequence[int]) -> int:
+        if len(self._lines) == 1:  # Chunks of an epoch are full but one.
+            return math.ceil(epochs * _num_chunks(*self._lines[0]))
+        tokens_per_row = sum(self._share(component) * self._lines[component][1] for component in components)
+        return math.ceil(epochs * self._lines[components[0]][0] / tokens_per_row)
 
     def begin_at(self, starts: Mapping[tuple[int, ...], int]) -> None:
         self._starts = [starts.get(key, 0) for key in self._keys]
@@ -146,17 +143,17 @@ def permuted(index: int, size: int, *key: int) -> int:
 
 
 class ExampleRandom:
-    """Random numbers that depend on (seed, component, epoch, position in the line) only: Philox, a counter-based
-    generator (Salmon et al. 2011), set to a counter. Not to be shared between threads."""
+    """Random numbers that depend on (seed, key, epoch, position in the line) only: Philox, a counter-based generator
+    (Salmon et al. 2011), set to a counter. Not to be shared between threads."""
 
     def __init__(self, seed: int):
         self._bits = np.random.Philox(key=seed)
         self._generator = np.random.Generator(self._bits)
         self._state = self._bits.state
 
-    def at(self, piece: Piece) -> np.random.Generator:
-        """The generator for a piece's example; valid until the next call."""
+    def at(self, piece: Piece, key: int) -> np.random.Generator:
+        """The generator for a piece's example; valid until the next call. `key` names the component and its line."""
         # The lowest word of the counter counts the numbers that are drawn.
-        self._state["state"]["counter"][:] = 0, piece.component, piece.start, piece.epoch
+        self._state["state"]["counter"][:] = 0, key, piece.start, piece.epoch
         self._bits.state = self._state
         return self._generator

@@ -84,6 +84,8 @@ def fill_spans(
         return []
     prefix = NO_TOKENS
     if component is not None:
+        if metadata == "own":
+            raise UserError("metadata='own': examples have none of their own here; give {field: value}.")
         asked = component.conditioned(metadata, mode)
         if asked.metadata is not None:
             asked.metadata.check_fields(set(), "")

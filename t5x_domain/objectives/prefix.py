@@ -97,8 +97,8 @@ class Metadata:
             raise UserError("Metadata.templates is empty; give at least one template.")
         if not 0 <= self.rate <= 1:
             raise UserError(f"Metadata.rate={self.rate} must lie between 0 and 1.")
-        if self.max_tokens < 1:
-            raise UserError(f"Metadata.max_tokens={self.max_tokens} must be at least 1.")
+        if not 1 <= self.max_tokens < 1 << 16:
+            raise UserError(f"Metadata.max_tokens={self.max_tokens} must be at least 1 and below 65,536.")
         for template in self.templates:
             self._parse(template)
 
@@ -130,6 +130,12 @@ class Metadata:
         """Raises UserError if every template needs a field that no document has; `where` names the documents."""
         if self.fields is not None:
             known, where = set(self.fields), "the given metadata"
+            named = set().union(*self.field_sets)
+            if unknown := sorted(known - named):
+                raise UserError(
+                    f"the given metadata name the field {unknown[0]}, but Metadata.templates have only "
+                    f"{', '.join(sorted(named)) or 'none'}."
+                )
         if not any(fields <= known for fields in self.field_sets):
             missing = sorted(set().union(*self.field_sets) - known)
             raise UserError(

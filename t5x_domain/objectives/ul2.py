@@ -4,6 +4,7 @@ A denoiser is an objective with a mode token and a weight; `mixture_of_denoisers
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -36,9 +37,9 @@ class Denoiser(NamedTuple):
 
 
 FAMILIES = ("R", "X", "S", "C")
-# The mode tokens of the released checkpoints, and the paper's, by family.
+# The mode tokens of the released checkpoints by family, and the names that the paper gives them.
 RELEASED_MODES = {"R": "[NLU]", "X": "[NLG]", "S": "[S2S]", "C": "[S2S]"}
-PAPER_MODES = {"R": "[R]", "X": "[X]", "S": "[S]", "C": "[S]"}
+PAPER_NAMES = {"[NLU]": "[R]", "[NLG]": "[X]", "[S2S]": "[S]"}
 
 _R = (("R", 3, 0.15), ("R", 8, 0.15))
 _S = (("S", None, 0.25),)
@@ -117,14 +118,36 @@ def mixture_of_denoisers(
             f"mixture_of_denoisers.denoisers: the weights {', '.join(f'{d.weight:g}' for d in chosen)} sum to "
             f"{sum(d.weight for d in chosen):g}; make them sum to 1."
         )
+    if bare := [tuple(denoiser) for denoiser in chosen if not denoiser.weight > 0]:
+        raise UserError(
+            f"mixture_of_denoisers.denoisers: the weight of {bare[0]} must be above 0; leave it out instead."
+        )
+    objectives = _named_apart([(_objective(denoiser, split), denoiser) for denoiser in chosen])
     return Mixture(
         name,
         [
-            Component(corpus, _objective(denoiser, split), rate * denoiser.weight, _mode(denoiser, mode_form), metadata)
+            Component(corpus, objective, rate * denoiser.weight, _mode(denoiser, mode_form), metadata)
             for corpus, rate in zip(corpora, rates, strict=True)
-            for denoiser in chosen
+            for objective, denoiser in zip(objectives, chosen, strict=True)
         ],
     )
+
+
+def _named_apart(objectives: Sequence[tuple[Objective, Denoiser]]) -> list[Objective]:
+    """Objectives that differ in their mode token only get it into their name."""
+    names = [objective.name for objective, _ in objectives]
+    result = []
+    for objective, denoiser in objectives:
+        if names.count(objective.name) > 1:
+            mode = re.sub(r"\W", "", denoiser.mode or "bare").lower()
+            objective = dataclasses.replace(objective, name=f"{objective.name}_{mode}")
+        if objective in result:
+            raise UserError(
+                f"mixture_of_denoisers.denoisers: {tuple(denoiser)} comes to the same as another entry; leave one out "
+                "and add its weight to the other."
+            )
+        result.append(objective)
+    return result
 
 
 def _chosen(denoisers: str | Sequence[Sequence]) -> list[Denoiser]:
@@ -178,5 +201,4 @@ def _mode(denoiser: Denoiser, form: str | None) -> Mode | None:
         return None
     if form == "text":
         return Mode(denoiser.mode)
-    renamed = PAPER_MODES[denoiser.family] if denoiser.mode == RELEASED_MODES[denoiser.family] else denoiser.mode
-    return Mode(renamed, as_text=False)
+    return Mode(PAPER_NAMES.get(denoiser.mode, denoiser.mode), as_text=False)

@@ -1,7 +1,7 @@
 """What a run reads: the token caches of its mixture, opened, checked, and turned into arrays on the mesh."""
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -47,19 +47,20 @@ class Feed:
             )
         self._run, self._mesh = run, mesh
         self.eval_components = list((run.eval_mixture or run.phases[-1].mixture).components)
-        trained = {c.name: c for phase in run.phases for c in phase.mixture.components}
-        self.components = list((trained | {c.name: c for c in self.eval_components}).values())
+        self.components = _by_name([*(c for phase in run.phases for c in phase.components), *self.eval_components])
         self.loss = functools.partial(run.loss, num_components=len(self.components))
         self.batches = Curriculum(run.phases, run.total_steps, self._train_batches)
         self._held_out: dict[str, tuple[Batches, float]] = {}
         for component in self.eval_components:  # so that what is wrong with them is said before anything is compiled
-            self._held_out_of(component.conditioned(None))
+            self._held_out_of(component, component.conditioned(None))
 
-    def train_batches(self, start: int) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-        """This process's rows of the batches of updates start + 1, start + 2, … `run.total_steps`, numbered so."""
+    def train_batches(self, start: int) -> Iterator[tuple[int, dict[str, np.ndarray], dict[str, int]]]:
+        """This process's rows of the batches of updates start + 1, start + 2, … `run.total_steps`, numbered so, and
+        their raw tokens by component."""
         run = self._run
-        for index, batch in iterate(self.batches, start, num_workers=run.data_workers, stop_step=run.total_steps):
-            yield index + 1, batch
+        batches = iterate(self.batches, start, num_workers=run.data_workers, stop_step=run.total_steps)
+        for index, batch, raw_tokens in batches:
+            yield index + 1, batch, raw_tokens
 
     def put(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
         """Global arrays on the mesh from this process's rows, features [B, T] each."""
@@ -81,12 +82,14 @@ class Feed:
           metadata: None for none; "own" for every document's own; {field: value} for these before every document.
           mode: a `Mode` instead of the components' own, or None for none.
 
+        The same text is scored under all of them, unless what is asked for is longer than what training had.
+
         Raises:
           UserError: metadata for a component that was declared without, or fields that its templates do not need.
         """
         scores = {}
         for component in self.eval_components:
-            batches, bytes_per_token = self._held_out_of(component.conditioned(metadata, mode))
+            batches, bytes_per_token = self._held_out_of(component, component.conditioned(metadata, mode))
             steps = range(min(batches.num_steps, self._run.eval_batches or batches.num_steps))
             features = (self.put(batches[step]) for step in steps)
             name = self._held_out_name(component)
@@ -143,12 +146,27 @@ class Feed:
         alone = sum(c.corpus.name == component.corpus.name for c in self.eval_components) == 1
         return component.corpus.name if alone else component.name
 
-    def _held_out_of(self, component: Component) -> tuple[Batches, float]:
-        """One pass over a held-out split with one objective, and the split's UTF-8 bytes per token."""
-        key = repr(component)
+    def _held_out_of(self, trained: Component, asked: Component) -> tuple[Batches, float]:
+        """One pass over a held-out split, and the split's UTF-8 bytes per token.
+
+        The rows are those of the component as it was trained, so that the same text is scored whatever is asked.
+        """
+        key = repr(asked)
         if key not in self._held_out:
-            alone = Mixture(name=component.name, components=[component])
-            split = self._split(component.corpus.name, component.corpus.version, self._run.eval_split)
-            batches = self._batches(alone, self._run.eval_split, epochs=1)
+            alone = Mixture(name=asked.name, components=[asked])
+            split = self._split(asked.corpus.name, asked.corpus.version, self._run.eval_split)
+            batches = self._batches(alone, self._run.eval_split, epochs=1, room_for=trained)
             self._held_out[key] = batches, split.num_bytes / split.num_tokens
         return self._held_out[key]
+
+
+def _by_name(components: Sequence[Component]) -> list[Component]:
+    """Each component once. Raises UserError if two that are learnt differently have one name."""
+    found: dict[str, Component] = {}
+    for component in components:
+        if found.setdefault(component.name, component).objective != component.objective:
+            raise UserError(
+                f"two phases, or a phase and Run.eval_mixture, have different objectives named '{component.name}'; "
+                "give one of them another name."
+            )
+    return list(found.values())

@@ -59,8 +59,10 @@ def train(run: Run) -> int:
         writer = closing.enter_context(contextlib.closing(MetricsWriter(run_dir, start)))
         progress = closing.enter_context(contextlib.closing(Progress(start, run.total_steps)))
         preemption = closing.enter_context(contextlib.closing(PreemptionNotice()))
-        guard, meter = Guard(run, feed), Meter(run, feed, schedule)
+        guard, meter = Guard(run, feed), Meter(run, feed, schedule, writer.last_logged, start)
         progress.say(f"{blueprint.num_parameters:,} parameters, mesh {dict(mesh.shape)}, from step {start:,}")
+        for phase in feed.batches.describe() if len(run.phases) > 1 else ():
+            progress.say(phase)
 
         def evaluate(step: int) -> dict[str, float]:
             scores = feed.held_out(eval_step, state.params)
@@ -73,13 +75,13 @@ def train(run: Run) -> int:
         if start == 0:
             evaluate(0)
         meter.restart()
-        for step, batch in feed.train_batches(start):
-            if len(feed.batches.starts) > 1 and (step - 1 in feed.batches.starts or step == start + 1):
+        for step, batch, raw_tokens in feed.train_batches(start):
+            if len(run.phases) > 1 and (step - 1 in feed.batches.starts or step == start + 1):
                 progress.say(f"step {step:,}: {feed.batches.names[feed.batches.phase_of(step - 1)]}")
             state, metrics = train_step(state, feed.put(batch))
             last, stop = step == run.total_steps, preemption.given
             guard.watch(step, metrics)
-            meter.count(batch)
+            meter.count(step, batch, raw_tokens)
             progress.step()
             if last or step % run.log_every == 0:
                 line = meter.read(step, metrics)
@@ -181,9 +183,12 @@ class Guard:
 class Meter:
     """Tokens per second, and the numbers of a logged step."""
 
-    def __init__(self, run: Run, feed: Feed, schedule: optax.Schedule) -> None:
-        """Counts from `restart`; `schedule` is step -> learning rate."""
+    def __init__(self, run: Run, feed: Feed, schedule: optax.Schedule, last_logged: int, start: int) -> None:
+        """Counts time from `restart`, and text from the last logged step before `start` on, as if never interrupted."""
         self._run, self._feed, self._schedule = run, feed, schedule
+        self._raw_tokens: dict[str, dict[str, int]] = {}
+        for step in range(last_logged, start):
+            self._add(step + 1, feed.batches.raw_tokens(step))
         self.seconds_per_step = 0.0
         self.restart()
 
@@ -191,8 +196,14 @@ class Meter:
         """Starts the clock anew, after something that is no training."""
         self._clock, self._tokens, self._steps = time.perf_counter(), 0, 0
 
-    def count(self, batch: Mapping[str, np.ndarray]) -> None:
-        """Adds a batch's tokens, padding left out."""
+    def _add(self, step: int, raw_tokens: Mapping[str, int]) -> None:
+        phase = self._raw_tokens.setdefault(self._feed.batches.names[self._feed.batches.phase_of(step - 1)], {})
+        for component, tokens in raw_tokens.items():
+            phase[component] = phase.get(component, 0) + tokens
+
+    def count(self, step: int, batch: Mapping[str, np.ndarray], raw_tokens: Mapping[str, int]) -> None:
+        """Adds a batch's tokens, padding left out, and the raw tokens of its components."""
+        self._add(step, raw_tokens)
         self._tokens += sum(np.count_nonzero(ids) for name, ids in batch.items() if name.endswith("segment_ids"))
         self._steps += 1
 
@@ -204,8 +215,7 @@ class Meter:
         rate = self._tokens * jax.process_count() / seconds
         self.restart()
         weight = max(float(values["weight"]), 1.0)
-        # Since the last logged step, whether or not the run was interrupted in between.
-        before = (step - 1) // self._run.log_every * self._run.log_every
+        raw_tokens, self._raw_tokens = _over_hosts(self._raw_tokens), {}
         return {
             "loss": float(values["loss"]),
             "accuracy": float(values["correct"]) / weight,
@@ -215,7 +225,7 @@ class Meter:
             "skipped": int(values["skipped"]),
             "corpus_loss": self._losses(values, lambda component: component.corpus.name),
             "denoiser_loss": self._losses(values, lambda component: component.objective.name),
-            "raw_tokens": self._feed.batches.raw_tokens(before, step),
+            "raw_tokens": raw_tokens,
         }
 
     def _losses(self, values: Mapping[str, np.ndarray], of: Callable[[Component], str]) -> dict[str, float | None]:
@@ -226,6 +236,16 @@ class Meter:
         ):
             sums[of(component)] = sums.get(of(component), 0) + np.array(pair, np.float64)
         return {name: float(nll / weight) if weight else None for name, (nll, weight) in sums.items()}
+
+
+def _over_hosts(counts: dict[str, dict[str, int]]) -> dict[str, dict[str, int]]:
+    """Sums over all processes; all have the same names in the same order."""
+    if jax.process_count() == 1:
+        return counts
+    from jax.experimental.multihost_utils import process_allgather
+
+    leaves, tree = jax.tree.flatten(counts)
+    return jax.tree.unflatten(tree, process_allgather(np.array(leaves)).sum(axis=0).tolist())
 
 
 def summarise(run_dir: Path, feed: Feed) -> None:

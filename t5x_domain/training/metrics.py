@@ -48,8 +48,10 @@ class MetricsWriter:
     """Writes each logged step to metrics.jsonl, each evaluation to evaluations.jsonl, and both to TensorBoard."""
 
     def __init__(self, run_dir: Path, start_step: int) -> None:
-        """Continues the files of a run that goes on from `start_step`."""
+        """Continues the files of a run that goes on from `start_step`; `last_logged` is their last step."""
         self._metrics = JsonLines(run_dir / "metrics.jsonl", start_step)
+        logged = read_json_lines(run_dir / "metrics.jsonl")
+        self.last_logged = logged[-1]["step"] if logged else 0
         # The evaluation of a checkpoint's step was written before it was saved, hence stays; that of step 0, which no
         # checkpoint has, is made again.
         self._evaluations = JsonLines(run_dir / "evaluations.jsonl", start_step or -1)

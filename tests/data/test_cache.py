@@ -36,7 +36,7 @@ def write(cache_dir, documents=DOCUMENTS, num_shards=4, vocab_size=1 << 16, vers
             "version": version,
             "vocabulary": {"kind": "test", "fingerprint": FINGERPRINT},
             "token_dtype": dtype.str,
-            "splits": {"train": {**totals, "shards": shards}},
+            "splits": {"train": {**totals, "metadata_fields": ["id", "title"], "shards": shards}},
         }
         cache.write_manifest(folder, manifest)
     return TokenCache.open(cache_dir, "law", vocabulary_fingerprint=FINGERPRINT, version=version)
@@ -198,3 +198,26 @@ def test_any_tokens_come_back(tmp_path_factory, documents):
     read = split.documents(0, len(arrays))
     for fields, tokens in zip(split.metadata(0, len(arrays)), read, strict=True):
         np.testing.assert_array_equal(tokens, arrays[fields["id"]])
+
+
+def test_derived_arrays_are_kept_where_that_is_possible(tmp_path, monkeypatch):
+    """Made anew where the cache may only be read; made once elsewhere; a failure leaves nothing behind."""
+    split, made = write(tmp_path).split("train"), []
+    files = sorted(path.name for path in split._folder.iterdir())
+
+    def make():
+        made.append(1)
+        return np.arange(3)
+
+    def refuse(*_):
+        raise OSError(30, "Read-only file system")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(cache.os, "replace", refuse)
+        for _ in range(2):
+            np.testing.assert_array_equal(split.derived("x", make), [0, 1, 2])
+    assert len(made) == 2 and sorted(path.name for path in split._folder.iterdir()) == files
+    for _ in range(2):
+        np.testing.assert_array_equal(split.derived("x", make), [0, 1, 2])
+    assert len(made) == 3
+    assert sorted(path.name for path in split._folder.iterdir()) == sorted([*files, "train-x.npy"])

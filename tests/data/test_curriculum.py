@@ -14,6 +14,7 @@ from t5x_domain import cli
 from t5x_domain.data.curriculum import Curriculum, Phase, learning_rate, shares_seen
 from t5x_domain.data.loader import Batches, iterate
 from t5x_domain.data.packing import DecoderOnly, EncoderDecoder
+from t5x_domain.data.sampling import ExampleRandom
 from t5x_domain.data.sources import JsonlSource
 from t5x_domain.data.tasks import Component, Corpus, Mixture
 from t5x_domain.data.vocabulary import ByteVocabulary
@@ -155,6 +156,31 @@ def test_epochs_of_a_fixed_subset_with_new_samples_of_the_rest():
     assert share.starts == made.starts, "a share of 0.05 is 40 of 800 documents"
 
 
+def test_epochs_are_passes_by_all_denoisers_together():
+    """Four passes over 40 documents by seven denoisers, in either packing."""
+    for packing in ("first_fit", "concat_and_split"):
+        phases = [
+            Phase(mixture(denoisers="ul2_442", corpora=CORPORA[1:]), epochs=4, subset={"law": 40}),
+            Phase(mixture()),
+        ]
+        made = curriculum(phases, total_steps=2000, packing=packing)
+        tokens = sum(sum(made.raw_tokens(step).values()) for step in range(made.starts[1]))
+        # Whole windows of 4 rows, and steps of 4 rows; up to 5 % found no room.
+        assert 3.7 < tokens / SPLITS[1].offsets[40] < 4.5, packing
+
+
+def test_a_subset_is_corrupted_otherwise_than_the_whole():
+    """The same document comes in the subset and in the whole, as the same piece of the same epoch."""
+    phases = [Phase(mixture(), steps=20, subset={"law": 800, "medicine": 700}), Phase(mixture(), steps=20)]
+    made = curriculum(phases, total_steps=40)
+    first, second = made._batches
+    assert [maker._key for maker in first._makers] != [maker._key for maker in second._makers]
+    piece = next(p for row in first._rows(0, 8) for p in row if p.component == 0)
+    tokens = np.arange(3, 60, dtype=np.int32)
+    same, other = (batches._makers[0].example(piece, tokens, ExampleRandom(5)).inputs for batches in (first, second))
+    assert not np.array_equal(same, other)
+
+
 def test_batches_are_random_access_across_phases():
     phases = [Phase(mixture(denoisers="ul2_442", metadata=METADATA), share=0.5), Phase(mixture((1.0, 9.0)))]
     made, again = curriculum(phases), curriculum(phases)
@@ -166,7 +192,7 @@ def test_batches_are_random_access_across_phases():
 def test_worker_processes_make_the_same_batches():
     learnt = mixture(denoisers="ul2_442", split="uniform", metadata=dataclasses.replace(METADATA, rate=0.5))
     made = curriculum([Phase(learnt, share=0.5, schedule=lambda step: step), Phase(learnt)])
-    for step, batch in iterate(made, 8, stop_step=12, num_workers=2):
+    for step, batch, _ in iterate(made, 8, stop_step=12, num_workers=2):
         assert_equal(batch, made[step])
 
 
@@ -176,9 +202,12 @@ def test_raw_tokens_are_those_of_the_rows_and_follow_the_rates():
         200,
         rows_per_window=64,
     )
-    counted = made.raw_tokens(0, 200)
-    assert list(counted) == ["phase 1", "law"]
+    counted = {}
     for name, steps in (("phase 1", range(100)), ("law", range(100, 200))):
+        counted[name] = {}
+        for step in steps:
+            for component, number in made.raw_tokens(step).items():
+                counted[name][component] = counted[name].get(component, 0) + number
         tokens = {}
         for seen in (seen for step in steps for seen in made.seen(step)):
             tokens[seen.component] = tokens.get(seen.component, 0) + seen.stop_token - seen.start_token
@@ -255,6 +284,9 @@ REFUSED = [
     ([{}, {}], "2 phases have no length"),
     ([{"share": 0.5, "steps": 3}], "Phase.share and Phase.steps are both set"),
     ([{"epochs": 0}], "Phase.epochs = 0: it must be above 0"),
+    ([{"steps": 1e1}, {}], "Phase.steps = 10.0: it must be an integer"),
+    ([{"metadata_rate": 2.0}], "Phase.metadata_rate = 2.0: it must lie between 0 and 1"),
+    ([{"share": 0.99}, {"share": 0.01}], "they have phase 1 20, phase 2 0. Each needs a step at least"),
     ([{"subset": {"physics": 3}}], "Phase.subset names the corpus 'physics', but the mixture has only medicine, law"),
     ([{"subset": {"law": 801}}], "Phase.subset: 801 of corpus law is 801 documents, but there are 800"),
     ([{"subset": {"law": 0.0001}}], "Phase.subset: 0.0001 of corpus law is 0 documents"),
@@ -282,6 +314,41 @@ def test_metadata_that_cannot_be():
     assert fallback[0, question[0] + 1] == ord(":") + 3
 
 
+def test_what_was_seen_is_counted_once_across_an_interruption(two_corpora, monkeypatch):
+    """Stopped after 10 steps, between the logged steps 8 and 12."""
+    import jax
+
+    from t5x_domain.data.preparation import prepare
+    from t5x_domain.training import loop
+    from t5x_domain.training.run import Run
+
+    class Notice:
+        """Told to stop at the tenth question."""
+
+        asked = 0
+
+        @property
+        def given(self):
+            self.asked += 1
+            return self.asked == 10
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr("jax.devices", lambda *_: jax.local_devices()[:1])
+    files = ["models/tiny", "mixtures/sample", "runs/pretrain", "recipes/upsampling"]
+    cli.load_gin([f"gin/{file}.gin" for file in files], [*two_corpora, "UPSAMPLED_RATES = [9.0, 1.0]"])
+    cli.build(prepare)
+    run = cli.build(Run)
+    assert loop.train(run) == 0
+    stopped = dataclasses.replace(run, run_dir=f"{run.run_dir}-stopped")
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "PreemptionNotice", Notice)
+        assert loop.train(stopped) == loop.EXIT_PREEMPTED
+    assert loop.train(stopped) == 0
+    assert (Path(stopped.run_dir) / "phases.json").read_bytes() == (Path(run.run_dir) / "phases.json").read_bytes()
+
+
 def test_conditional_evaluation_puts_metadata_where_training_did(two_corpora, monkeypatch):
     """Held-out text without, with its own, with given metadata, and in another mode: what the model gets to read."""
     import jax
@@ -299,9 +366,12 @@ def test_conditional_evaluation_puts_metadata_where_training_did(two_corpora, mo
     run = cli.build(Run)
     feed = Feed(run, run.mesh.build())
 
+    targets = []
+
     def starts(**conditions):
         """The first bytes that the encoder reads of every held-out example."""
         read = []
+        targets.append([])
 
         def eval_step(params, batch):
             tokens = np.asarray(batch["encoder_input_tokens"])
@@ -309,6 +379,7 @@ def test_conditional_evaluation_puts_metadata_where_training_did(two_corpora, mo
                 (np.asarray(batch["encoder_positions"]) == 0) & (np.asarray(batch["encoder_segment_ids"]) > 0)
             ):
                 read.append(VOCABULARY.decode(tokens[row, start : start + 30]))
+            targets[-1].append(np.asarray(batch["decoder_target_tokens"]))
             return {"nll": 1.0, "correct": 0.0, "weight": 1.0}
 
         feed.held_out(eval_step, None, **conditions)
@@ -319,12 +390,37 @@ def test_conditional_evaluation_puts_metadata_where_training_did(two_corpora, mo
     assert all(text.startswith(own) for text in starts(metadata="own"))
     assert all(text.startswith("Source: law [NLG]") for text in starts(metadata={"source": "law"}, mode=Mode("[NLG]")))
     assert not any(text.startswith(("[", "S")) for text in starts(mode=None))
-    with pytest.raises(UserError, match="need the field source, which nothing in the given metadata has"):
+    # The same text is scored under all conditions, in the same rows.
+    for other in targets[1:]:
+        np.testing.assert_array_equal(other, targets[0])
+    with pytest.raises(UserError, match="the given metadata name the field court, but .* have only source"):
         starts(metadata={"court": "law"})
     bare = mixture_of_denoisers(run.phases[0].mixture.corpora, denoisers="t5", metadata=None)
     plain = dataclasses.replace(run, eval_mixture=bare)
     with pytest.raises(UserError, match="'biomedical_r3_15' was trained without metadata"):
         Feed(plain, run.mesh.build()).held_out(None, None, metadata="own")
+
+
+def test_phases_may_not_give_one_name_to_two_objectives(two_corpora, monkeypatch):
+    import jax
+
+    from t5x_domain.data.preparation import prepare
+    from t5x_domain.training.feed import Feed
+    from t5x_domain.training.run import Run
+
+    monkeypatch.setattr("jax.devices", lambda *_: jax.local_devices()[:1])
+    cli.load_gin([f"gin/{f}.gin" for f in ("models/tiny", "mixtures/sample", "runs/pretrain")], two_corpora)
+    cli.build(prepare)
+    run = cli.build(Run)
+    (component, *_) = run.phases[0].mixture.components
+    changed = dataclasses.replace(component.objective, mean_span_length=8)
+    other = Mixture("other", [dataclasses.replace(component, objective=changed)])
+    with pytest.raises(UserError, match="different objectives named 'biomedical_r3_15'"):
+        Feed(dataclasses.replace(run, eval_mixture=other), run.mesh.build())
+    # A mix with causal LM trains an encoder-decoder, and its causal part is scored by itself.
+    unilm = mixture_of_denoisers(run.phases[0].mixture.corpora, denoisers="unilm")
+    feed = Feed(dataclasses.replace(run, phases=[Phase(unilm)], packing="first_fit"), run.mesh.build())
+    assert len(feed.eval_components) == 6
 
 
 @pytest.fixture

@@ -44,7 +44,7 @@ DOCUMENTS = st.lists(st.integers(1, 400), min_size=1, max_size=120)
 def test_an_epoch_loses_and_repeats_nothing(lengths, seed, fill, rows_per_window):
     components = [(source(lengths), shape())]
     sampler = first_fit(components, rows_per_window=rows_per_window, fill=fill, seed=seed, epochs=2)
-    pieces = pieces_of(sampler, 0, sampler.num_rows(2))
+    pieces = pieces_of(sampler, 0, sampler.num_rows(2, [0]))
     for epoch in (0, 1):
         seen = [np.arange(piece.start, piece.stop) for piece in pieces if piece.epoch == epoch]
         np.testing.assert_array_equal(np.sort(np.concatenate(seen)), np.arange(sum(lengths)))
@@ -86,7 +86,9 @@ def test_a_phase_goes_on_where_the_one_before_has_stopped(lengths, seed, num_row
 
 def test_epochs_differ_in_order():
     sampler = first_fit([(source(skewed_lengths(2000, 50, 1.0)), shape())], rows_per_window=32)
-    epochs = [[p.start for p in pieces_of(sampler, 0, sampler.num_rows(2)) if p.epoch == epoch] for epoch in (0, 1)]
+    epochs = [
+        [p.start for p in pieces_of(sampler, 0, sampler.num_rows(2, [0])) if p.epoch == epoch] for epoch in (0, 1)
+    ]
     first = np.argsort(epochs[0])[:200], np.argsort(epochs[1])[:200]
     assert abs(np.corrcoef(*first)[0, 1]) < 0.4  # Where the first documents come: 200 numbers, 1 / sqrt(200) = 0.07.
 

@@ -185,15 +185,16 @@ def test_last_batch_is_padded_with_zero_rows():
 def test_resumes_where_it_stopped(packing):
     batches = make(packing=packing)
     straight = list(iterate(batches, stop_step=6))
-    assert [step for step, _ in straight] == list(range(6))
-    for step, batch in iterate(make(packing=packing), 3, stop_step=6, num_threads=3):
+    assert [step for step, *_ in straight] == list(range(6))
+    for step, batch, raw_tokens in iterate(make(packing=packing), 3, stop_step=6, num_threads=3):
         assert_equal(batch, straight[step][1])
+        assert raw_tokens == straight[step][2] == batches.raw_tokens(step)
 
 
 def test_worker_processes_give_the_same_batches_in_order():
     batches = make()
     steps = []
-    for step, batch in iterate(batches, 2, stop_step=7, num_workers=2):
+    for step, batch, _ in iterate(batches, 2, stop_step=7, num_workers=2):
         steps.append(step)
         assert_equal(batch, batches[step])
     assert steps == [2, 3, 4, 5, 6]

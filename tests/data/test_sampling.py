@@ -1,4 +1,5 @@
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -11,7 +12,7 @@ RATES = st.lists(st.sampled_from([0.1, 1 / 3, 0.5, 1.0, 2.0, 7.0]), min_size=1, 
 @given(st.integers(1, 3000), st.integers(2, 700), st.integers(0, 2**40), st.integers(0, 3))
 def test_every_token_once_in_every_epoch(num_tokens, raw_length, seed, epoch):
     sampler = ConcatAndSplit([num_tokens], [raw_length], [1.0], seed)
-    per_epoch = sampler.num_rows(1)
+    per_epoch = sampler.num_rows(1, [0])
     pieces = [piece for (piece,) in sampler.rows(epoch * per_epoch, (epoch + 1) * per_epoch)]
     assert {piece.epoch for piece in pieces} == {epoch}
     seen = np.concatenate([np.arange(piece.start, piece.stop) % num_tokens for piece in pieces])
@@ -59,13 +60,25 @@ def test_permuted_is_a_permutation(size, key):
 def test_random_numbers_belong_to_the_piece():
     random = ExampleRandom(5)
     piece = Piece(component=1, epoch=2, start=300, stop=868)
-    first = random.at(piece).random(50)
-    others = [piece._replace(component=2), piece._replace(epoch=3), piece._replace(start=301)]
+    first = random.at(piece, 7).random(50)
+    others = [(piece, 8), (piece._replace(epoch=3), 7), (piece._replace(start=301), 7)]
     for other in others:
-        assert not np.array_equal(first, random.at(other).random(50))
-    np.testing.assert_array_equal(first, ExampleRandom(5).at(piece).random(50))
-    random.at(others[0]).integers(10, dtype=np.int32)  # leaves half of a 64-bit word behind, which must not be used
+        assert not np.array_equal(first, random.at(*other).random(50))
+    np.testing.assert_array_equal(first, ExampleRandom(5).at(piece, 7).random(50))
+    random.at(*others[0]).integers(10, dtype=np.int32)  # leaves half of a 64-bit word, which must not be used
     np.testing.assert_array_equal(
-        ExampleRandom(5).at(piece).integers(99, size=9), random.at(piece).integers(99, size=9)
+        ExampleRandom(5).at(piece, 7).integers(99, size=9), random.at(piece, 7).integers(99, size=9)
     )
-    assert not np.array_equal(first, ExampleRandom(6).at(piece).random(50))
+    assert not np.array_equal(first, ExampleRandom(6).at(piece, 7).random(50))
+
+
+@settings(max_examples=50, deadline=None)
+@given(RATES, st.integers(1, 4))
+def test_epochs_of_several_components_are_counted_together(rates, epochs):
+    """A corpus of 1,000 tokens in chunks of 10 is passed over when all its components have had as much text."""
+    sampler = ConcatAndSplit([1000] * len(rates), [10] * len(rates), rates, seed=0)
+    assert sampler.num_rows(epochs, range(len(rates))) == pytest.approx(100 * epochs, abs=1)
+    alone = [0]
+    rows = sampler.num_rows(epochs, alone)
+    had = sum(piece.stop - piece.start for (piece,) in sampler.rows(0, rows) if piece.component == 0)
+    assert had == pytest.approx(1000 * epochs, abs=10 * len(rates) + 10)

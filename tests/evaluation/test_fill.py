@@ -188,8 +188,10 @@ def test_metadata_and_mode_stand_where_training_put_them(model_class, layout):
     assert filled(component=component, metadata={"source": "net"}, mode=Mode("[S]")) == "cable"
     assert filled(component=component) == "cat"
     assert filled() == "dog"
-    with pytest.raises(UserError, match="need the field source"):
+    with pytest.raises(UserError, match="name the field court, but Metadata.templates have only source"):
         filled(component=component, metadata={"court": "law"})
+    with pytest.raises(UserError, match="metadata='own': examples have none of their own here"):
+        filled(component=component, metadata="own")
     with pytest.raises(UserError, match="was trained without metadata"):
         filled(component=Component(Corpus("c", None), SpanCorruption()), metadata={"source": "law"})
 

@@ -141,8 +141,11 @@ def test_check_fields():
     with pytest.raises(UserError, match="need the field url, which nothing in corpus 'law' has; .*there are: none"):
         Metadata().check_fields(set(), "corpus 'law'")
     given = Metadata(fields={"domain": "x.org"})
-    with pytest.raises(UserError, match="need the field url, which nothing in the given metadata has; .*are: domain"):
+    with pytest.raises(UserError, match="the given metadata name the field domain, but .* have only url"):
         given.check_fields({"url"}, "corpus 'law'")
+    # Nor may a misspelt field fall back to a template without fields.
+    with pytest.raises(UserError, match="the given metadata name the field sorce, but .* have only source"):
+        Metadata(("{source}:", "?:"), fields={"sorce": "GO"}).check_fields({"source"}, "corpus 'law'")
     Metadata(fields={"url": "x.org"}).check_fields(set(), "corpus 'law'")
 
 

@@ -168,8 +168,14 @@ def test_own_mode_tokens_keep_their_names():
     own = [("R", 3, 0.15, "[MEDICAL]", 0.5), ("C", None, None, "[S2S]", 0.25), ("S", None, 0.25, None, 0.25)]
     assert modes(mix(own, mode_form="id")) == {"r3_15": Mode("[MEDICAL]", False), "c": Mode("[S]", False), "s": None}
     assert modes(mix(own, mode_form="text")) == {"r3_15": Mode("[MEDICAL]"), "c": Mode("[S2S]"), "s": None}
-    # A family's token with another family is not the paper's token of that family.
-    assert modes(mix([("R", 3, 0.15, "[NLG]", 1.0)], mode_form="id")) == {"r3_15": Mode("[NLG]", False)}
+    # One mode is one id, whatever family has it.
+    both = [("R", 32, 0.5, "[NLG]", 0.5), ("X", 8, 0.5, "[NLG]", 0.5)]
+    assert modes(mix(both, mode_form="id")) == {"r32_50": Mode("[X]", False), "x8_50": Mode("[X]", False)}
+
+
+def test_a_denoiser_with_and_without_its_mode():
+    both = [("R", 3, 0.15, "[NLU]", 0.5), ("R", 3, 0.15, None, 0.5)]
+    assert modes(mix(both)) == {"r3_15_nlu": Mode("[NLU]"), "r3_15_bare": None}
 
 
 @pytest.mark.parametrize("preset", ["t5", "causal_lm", "prefix_lm", "t5_and_causal_lm", "unilm"])
@@ -451,8 +457,8 @@ A = ("R", 3, 0.15, None, 1.0)
         ({"denoisers": [("R", 3, 1.5, None, 1.0)]}, "noise_density=1.5 must lie between 0 and 1"),
         ({"denoisers": [("R", 0.5, 0.15, None, 1.0)]}, "mean_span_length=0.5 must be at least 1"),
         ({"denoisers": [("S", None, 1.0, None, 1.0)]}, "mean_suffix=1.0 must lie between 0 and 1"),
-        ({"denoisers": [A[:4] + (1.5,), ("C", None, None, None, -0.5)]}, "rate of corpus 'law' is -0.5"),
-        ({"denoisers": [A[:4] + (0.5,)] * 2}, "has 'law_r3_15' twice"),
+        ({"denoisers": [A[:4] + (1.5,), ("C", None, None, None, -0.5)]}, r"the weight of \('C', .* must be above 0"),
+        ({"denoisers": [A[:4] + (0.5,)] * 2}, "comes to the same as another entry; leave one out"),
         ({"rates": [1.0, 2.0]}, r"mixture_of_denoisers.rates has 2 numbers for 1 corpora"),
         ({"rates": []}, r"mixture_of_denoisers.rates has 0 numbers for 1 corpora"),
         ({"rates": [0.0]}, "rate of corpus 'law' is 0.0; it must be above 0"),
