@@ -122,7 +122,7 @@ def draw(report, path):
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "ul2_ablation", "font.size": 9}):
-        figure = Figure(figsize=(5.2 * len(report["arms"]), 4.2), layout="constrained")
+        figure = Figure(figsize=(7.2 * len(report["arms"]), 4.4), layout="constrained")
         for axes, (architecture, arms) in zip(
             np.atleast_1d(figure.subplots(1, len(report["arms"]))), report["arms"].items(), strict=True
         ):
@@ -133,8 +133,9 @@ def draw(report, path):
                     for axis, v in (("x", x), ("y", y))
                 }
                 colour = f"C{number}"
-                axes.errorbar(x["mean"], y["mean"], fmt="o", color=colour, elinewidth=0.8, capsize=2, **error)
-                axes.annotate(name, (x["mean"], y["mean"]), xytext=(5, 5), textcoords="offset points", color=colour)
+                marker = "osD^v<>PX"[number % 9]  # told apart by form, too: points may lie close together
+                style = {"marker": marker, "color": colour, "linestyle": "none", "elinewidth": 0.8, "capsize": 2}
+                axes.errorbar(x["mean"], y["mean"], label=name, **style, **error)
             if NO_PRETRAINING in arms:
                 level = arms[NO_PRETRAINING]["accuracy"]["mean"]
                 axes.axhline(level, color="grey", linewidth=0.8, linestyle=":")
@@ -142,6 +143,7 @@ def draw(report, path):
             axes.set_xlabel("LM loss of held-out text, nats per token (less is better)")
             axes.set_ylabel("accuracy after fine-tuning")
             axes.set_title(architecture.replace("_", "-"))
+            axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
 
