@@ -1,8 +1,9 @@
 """Every knob of the transformer. T5, UL2, Llama-, Gemma- and ModernBERT-shaped models are settings of these."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import gin
 
@@ -91,6 +92,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         """Raises UserError for a value that no model can have."""
+        for field in dataclasses.fields(self):
+            _require_number(field, getattr(self, field.name))
         choices = {
             "norm": ("rmsnorm", "layernorm"),
             "norm_placement": ("pre", "pre_post"),
@@ -123,3 +126,21 @@ class ModelConfig:
     def kv_heads(self) -> int:
         """Key and value heads."""
         return self.num_kv_heads or self.num_heads
+
+
+def _require_number(field: dataclasses.Field, value: Any) -> None:
+    """Raises UserError if the field is for numbers (or yes and no) and `value` is none of its kind."""
+    kinds = get_args(field.type) or (field.type,)
+    least = 0 if field.name in ("num_encoder_layers", "num_decoder_layers") else 1
+    if value is None and type(None) in kinds:
+        return
+    if int in kinds:
+        fits, wanted = type(value) is int and value >= least, f"a whole number, {least} or more"
+    elif float in kinds:
+        fits, wanted = type(value) in (int, float) and 0 <= value < math.inf, "a number, 0 or more"
+    elif bool in kinds:
+        fits, wanted = type(value) is bool, "True or False"
+    else:
+        return
+    if not fits:
+        raise UserError(f"ModelConfig.{field.name} = {value!r}: it must be {wanted}.")

@@ -14,13 +14,9 @@ import jax
 import optax
 
 from t5x_domain.errors import UserError
+from t5x_domain.models.names import path_name
 
 Tree = Any
-
-
-def path_name(path: tuple[Any, ...]) -> str:
-    """The name of a parameter: 'encoder/layers/blocks/0/mlp/inner/wo/kernel'."""
-    return "/".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path)
 
 
 def path_mask(tree: Tree, patterns: Sequence[str]) -> Tree:
@@ -154,12 +150,14 @@ def _is_axes(names: Any) -> bool:
 
 
 def _each_layer(transform: optax.GradientTransformation, axes: Tree) -> optax.GradientTransformation:
-    """Applies `transform` to every layer of stacked parameters by itself."""
-    labels = jax.tree.map(lambda names: "stacked" if names[0] == "layers" else "single", axes, is_leaf=_is_axes)
-    if "stacked" not in jax.tree.leaves(labels):
+    """Applies `transform` to every layer of stacked parameters by itself, each stack having its own depth."""
+    label = lambda path, names: path[0].key if names[0] == "layers" else "single"  # noqa: E731
+    labels = jax.tree_util.tree_map_with_path(label, axes, is_leaf=_is_axes)
+    stacks = set(jax.tree.leaves(labels)) - {"single"}
+    if not stacks:
         return transform
     over_layers = optax.GradientTransformation(
         init=jax.vmap(transform.init),
         update=jax.vmap(transform.update, in_axes=(0, 0, 0)),
     )
-    return optax.partition({"stacked": over_layers, "single": transform}, labels)
+    return optax.partition(dict.fromkeys(sorted(stacks), over_layers) | {"single": transform}, labels)

@@ -8,7 +8,8 @@ import pytest
 from tiny import CONFIG, blueprint
 
 from t5x_domain.errors import UserError
-from t5x_domain.training.optimizer import Adafactor, AdamW, Muon, Updates, path_name
+from t5x_domain.models.names import path_name
+from t5x_domain.training.optimizer import Adafactor, AdamW, Muon, Updates
 from t5x_domain.training.schedule import constant
 
 OPTIMIZERS = [Adafactor(min_dim_size_to_factor=16), AdamW(), Muon()]
@@ -33,7 +34,8 @@ def unstack(name, leaf):
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda o: type(o).__name__)
 def test_scanned_and_unrolled_layers_get_the_same_updates(optimizer):
-    scanned, unrolled = blueprint(), blueprint(config=dataclasses.replace(CONFIG, scan_layers=False))
+    config = dataclasses.replace(CONFIG, num_decoder_layers=3)  # stacks of different depths
+    scanned, unrolled = (blueprint(config=dataclasses.replace(config, scan_layers=scan)) for scan in (True, False))
     params, gradients = random_like(scanned.shapes, 0), random_like(scanned.shapes, 1)
 
     def cut(tree):
