@@ -1,0 +1,53 @@
+"""Folders that appear whole or not at all."""
+
+import contextlib
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from t5x_domain.errors import UserError
+
+
+def require_free(target: str, flag: str) -> None:
+    """Raises UserError unless `target` can be made: a local folder that does not exist or is empty."""
+    path = Path(target)
+    if not target or "://" in target:
+        raise UserError(f"{flag}={target}: give a folder of this machine, and copy it to a bucket when it is complete.")
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{flag}={target}: exists and is not empty; name another folder or remove it.")
+
+
+@contextlib.contextmanager
+def new_folder(target: str, flag: str) -> Iterator[Path]:
+    """A folder to write into, beside `target`; it gets that name when all is written, and is removed if not.
+
+    Raises:
+      UserError: `target` holds something, or the files cannot be written.
+    """
+    require_free(target, flag)
+    final = Path(target).resolve()
+    partial = final.with_name(f".{final.name}.partial-{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        for path in (partial, *partial.rglob("*")):
+            descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+        os.replace(partial, final)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        reason = _failed_write(error)
+        if reason is not None:
+            raise UserError(f"{flag}={target}: could not be written ({reason}); nothing was left behind.") from error
+        raise
+
+
+def _failed_write(error: BaseException) -> str | None:
+    """Why the disk refused, if it did. TensorStore says so at the end of the text of a ValueError."""
+    if isinstance(error, OSError):
+        return str(error)
+    reason = re.search(r"([^:]+) \[os_error_code=", str(error)) if isinstance(error, ValueError) else None
+    return reason and reason[1].strip()
