@@ -261,7 +261,7 @@ def train_sentencepiece(
         if failures:
             raise failures[0] from None
         raise UserError(_vocabulary_size_message(vocab_size, str(error))) from error
-    _write_atomically(Path(model_file), model.getvalue())
+    write_atomically(Path(model_file), model.getvalue())
 
 
 def _training_lines(documents: Iterable[str], failures: list[Exception]) -> Iterator[str]:
@@ -288,7 +288,8 @@ def _vocabulary_size_message(vocab_size: int, error: str) -> str:
     return f"SentencePiece could not train a vocabulary of {vocab_size} pieces: {' '.join(error.split())}"
 
 
-def _write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes a file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     with open(partial, "wb") as file:

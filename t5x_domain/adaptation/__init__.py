@@ -1,0 +1,1 @@
+"""What a domain project does around a run."""
