@@ -22,6 +22,7 @@ T5 = {
     "num_layers": 2, "num_decoder_layers": 3,
     "relative_attention_num_buckets": 8, "relative_attention_max_distance": 12,
 }  # fmt: skip
+SHALLOW_T5 = {**T5, "num_layers": 1, "num_decoder_layers": 1}
 DECODER = {
     "vocab_size": VOCAB_SIZE, "hidden_size": EMBED_DIM, "intermediate_size": MLP_DIM, "num_attention_heads": HEADS,
     "num_hidden_layers": 5, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
@@ -49,6 +50,25 @@ def umt5(rng: np.random.Generator) -> tuple[hf.PreTrainedModel, dict]:
     model.config.tie_word_embeddings = False  # transformers 5 says True, and would scale the logits as for T5 1.0
     randomise(model, rng)
     assert model.lm_head.weight is not model.shared.weight
+    return model, encoder_decoder(model, rng)
+
+
+def mt5(rng: np.random.Generator) -> tuple[hf.PreTrainedModel, dict]:
+    """T5 1.1 under another name; transformers 5 never scales its logits."""
+    model = hf.MT5ForConditionalGeneration(hf.MT5Config(**SHALLOW_T5, feed_forward_proj="gated-gelu"))
+    model.lm_head = torch.nn.Linear(EMBED_DIM, VOCAB_SIZE, bias=False)
+    randomise(model, rng)
+    assert model.lm_head.weight is not model.shared.weight
+    return model, encoder_decoder(model, rng)
+
+
+def ul2(rng: np.random.Generator) -> tuple[hf.PreTrainedModel, dict]:
+    """T5 1.1 with SwiGLU."""
+    model = hf.T5ForConditionalGeneration(
+        hf.T5Config(**SHALLOW_T5, feed_forward_proj="gated-silu", tie_word_embeddings=False)
+    )
+    model.lm_head = torch.nn.Linear(EMBED_DIM, VOCAB_SIZE, bias=False)
+    randomise(model, rng)
     return model, encoder_decoder(model, rng)
 
 
@@ -165,6 +185,8 @@ MODELS = {
     "gemma2": gemma2,
     "gemma3": gemma3,
     "modernbert": modernbert,
+    "mt5": mt5,
+    "ul2": ul2,
 }
 
 

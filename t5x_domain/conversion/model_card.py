@@ -1,0 +1,98 @@
+"""README.md of a Hugging Face folder: what the model is, what it was trained on, how well it did, how it is loaded."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from t5x_domain.conversion.checkpoint import Checkpoint
+from t5x_domain.conversion.layout import part_shapes
+from t5x_domain.models.assemblies import DecoderOnly, EncoderDecoder, EncoderOnly
+
+_CLASSES = {EncoderDecoder: "AutoModelForSeq2SeqLM", DecoderOnly: "AutoModelForCausalLM", EncoderOnly: "AutoModel"}
+_KINDS = {EncoderDecoder: "Encoder-decoder", DecoderOnly: "Decoder-only", EncoderOnly: "Encoder-only"}
+
+
+def model_card(checkpoint: Checkpoint) -> str:
+    """Markdown with the header that model hubs read."""
+    sections = [_header(checkpoint), _shape(checkpoint), _loading(checkpoint)]
+    run = checkpoint.facts.get("run")
+    if run is not None:
+        sections.append(_training(checkpoint.facts, run))
+    if "after" in checkpoint.facts.get("eval", {}):
+        sections.append(_scores(checkpoint.facts["eval"]))
+    return "\n\n".join(sections) + "\n"
+
+
+def _header(checkpoint: Checkpoint) -> str:
+    return (
+        "---\nlibrary_name: transformers\ntags:\n- t5x_domain\n---\n\n"
+        f"# {_KINDS[checkpoint.model]} model trained with t5x_domain"
+    )
+
+
+def _shape(checkpoint: Checkpoint) -> str:
+    config = checkpoint.config
+    shapes = part_shapes(checkpoint.model, config)
+    stacks = {"encoder": config.num_encoder_layers, "decoder": config.num_decoder_layers}
+    layers = " + ".join(f"{count} {stack}" for stack, count in stacks.items() if count)
+    rows = {
+        "parameters": f"{sum(math.prod(shape) for shape in shapes.values()):,}",
+        "layers": layers,
+        "width, feed-forward width": f"{config.embed_dim:,}, {config.mlp_dim:,}",
+        "heads": f"{config.num_heads} of {config.head_dim}",
+        "rows of the embedding": f"{config.vocab_size:,}",
+    }
+    vocabulary = checkpoint.vocabulary
+    if vocabulary is not None:
+        rows["vocabulary"] = (
+            f"{vocabulary.vocab_size:,} ids ({vocabulary.description['kind']}), "
+            f"{vocabulary.extra_ids} of them sentinels"
+        )
+    return _table(("", ""), rows.items())
+
+
+def _loading(checkpoint: Checkpoint) -> str:
+    name = _CLASSES[checkpoint.model]
+    lines = [f"from transformers import AutoTokenizer, {name}", "", f'model = {name}.from_pretrained("<this folder>")']
+    if checkpoint.vocabulary is not None:
+        lines.append('tokenizer = AutoTokenizer.from_pretrained("<this folder>")')
+    if checkpoint.model is EncoderDecoder and checkpoint.config.relative_bias_per_layer:
+        lines.append("model.config.tie_word_embeddings = False  # or transformers 5 divides logits by sqrt(d_model)")
+    text = "\n".join(["## Use", "", "```python", *lines, "```"])
+    if checkpoint.model is DecoderOnly:
+        text += "\n\nEvery text starts with id 0, which the tokenizer puts there. Attention is causal throughout."
+    return text
+
+
+def _training(facts: Mapping[str, Any], run: Mapping[str, Any]) -> str:
+    lengths = ", ".join(f"{length} {name}" for name, length in run["Run.lengths"].items())
+    rows = {
+        "started from": facts.get("started_from", "fresh parameters"),
+        "updates": f"{facts['step']:,}",
+        "batch": f"{run['Run.batch_size']} rows of {lengths}",
+        "packing": run["Run.packing"],
+        "optimizer": f"`{run['Updates.optimizer']}`",
+        "seed": run["Run.seed"],
+    }
+    text = "## Training\n\n" + _table(("", ""), rows.items())
+    components = [
+        (number, phase["start"], corpus, f"`{objective}`", rate, "" if mode == "None" else f"`{mode}`")
+        for number, phase in enumerate(run["phases"], 1)
+        for corpus, _, objective, rate, mode, _ in phase["components"]
+    ]
+    return text + "\n\n" + _table(("phase", "from step", "corpus", "objective", "rate", "mode"), components)
+
+
+def _scores(scores: Mapping[str, Any]) -> str:
+    rows = [
+        (corpus, f"{score['perplexity']:.2f}", f"{score['bits_per_byte']:.3f}", f"{score['accuracy']:.1%}")
+        for corpus, score in scores["after"].items()
+        if corpus != "step"
+    ]
+    head = ("corpus", "perplexity", "bits per byte", "targets guessed right")
+    return f"## Held-out text, step {scores['after']['step']:,}\n\n" + _table(head, rows)
+
+
+def _table(head: tuple[str, ...], rows: Any) -> str:
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
