@@ -17,6 +17,7 @@ VERBS = {
     "prepare": "train a vocabulary and tokenise corpora into the token cache",
     "train": "train a model from a prepared token cache",
     "evaluate": "perplexity and bits per byte of a checkpoint, by corpus",
+    "convert": "take a model from Hugging Face or T5X, or to Hugging Face",
     "demo": "prepare, train and evaluate on the shipped sample",
 }
 _PACKAGE = Path(__file__).parent
@@ -57,6 +58,13 @@ def parse(
     return arguments.parse_args([a for a in argv if not a.startswith("--gin.")]), bindings
 
 
+def quiet_libraries() -> None:
+    """Keeps back what Orbax logs: its warnings are of no concern to a user, its errors are raised as well."""
+    import absl.logging
+
+    absl.logging.set_verbosity(absl.logging.FATAL)
+
+
 def load_gin(files: Sequence[str], bindings: Sequence[str], search_paths: Sequence[str] = ()) -> None:
     """Parses gin files and bindings.
 
@@ -65,12 +73,11 @@ def load_gin(files: Sequence[str], bindings: Sequence[str], search_paths: Sequen
     """
     import logging
 
-    import absl.logging
     import gin
 
     from t5x_domain import configurables  # noqa: F401  so that every name a gin file may use is known
 
-    absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax warns of what is of no concern to a user
+    quiet_libraries()
     logging.disable(logging.ERROR)  # gin calls every place in which it has looked in vain an error
     gin.clear_config()
     for path in [*search_paths, *gin_search_paths()]:

@@ -1,0 +1,90 @@
+"""Which format a folder has, and how it is opened and written."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+
+from t5x_domain.conversion.checkpoint import Checkpoint
+from t5x_domain.conversion.folders import new_folder
+from t5x_domain.conversion.huggingface import CONFIG, open_huggingface, write_huggingface
+from t5x_domain.conversion.native import open_native, write_native
+from t5x_domain.conversion.safetensors_files import INDEX, SINGLE
+from t5x_domain.conversion.t5x import is_t5x, open_t5x
+from t5x_domain.errors import UserError
+
+READ: Mapping[str, Callable[..., Checkpoint]] = {
+    "native": open_native,
+    "huggingface": open_huggingface,
+    "t5x": open_t5x,
+}
+WRITTEN = ("native", "huggingface")
+
+
+def detect(path: str, flag: str = "--from") -> str:
+    """The format of the model at `path`, which was given as `flag`.
+
+    Raises:
+      UserError: there is nothing, or nothing that is known.
+    """
+    folder = epath.Path(path)
+    try:
+        exists = folder.exists()
+    except Exception as error:  # a bucket's own kinds
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{flag}={path}: cannot be reached ({reason}).") from error
+    if not exists:
+        raise UserError(f"{flag}={path}: there is no such folder; a model of a hub has to be downloaded first.")
+    if (folder / CONFIG).exists():
+        return "huggingface"
+    if is_t5x(path):
+        return "t5x"
+    if not folder.is_dir():
+        raise UserError(f"{flag}={path}: a file; give the folder of the model that it belongs to.")
+    if any((folder / name).exists() for name in (SINGLE, INDEX)):
+        raise UserError(f"{flag}={path}: has weights as Hugging Face writes them, but no {CONFIG}; add that file.")
+    return "native"  # whose reader says what is missing
+
+
+def open_checkpoint(path: str, format_name: str | None = None, *, flag: str = "--from", **options: Any) -> Checkpoint:
+    """Opens the model at `path` without reading its parameters.
+
+    Args:
+      path: where it is.
+      format_name: one of `READ`; None for what is found there.
+      flag: where `path` was given, for messages.
+      **options: those of the format's reader.
+
+    Raises:
+      UserError: there is none, or it is incomplete.
+    """
+    return READ[format_name or detect(path, flag)](path, **options)
+
+
+def write_checkpoint(
+    checkpoint: Checkpoint,
+    target: str,
+    format_name: str,
+    *,
+    flag: str = "--to",
+    check: Callable[[Path], None] = lambda folder: None,
+) -> None:
+    """Writes the model into a new folder, which is complete or absent.
+
+    Args:
+      checkpoint: what to write.
+      target: the folder.
+      format_name: one of `WRITTEN`.
+      flag: where `target` was given, for messages.
+      check: called with the finished folder before it gets its name; if it raises, there will be no folder.
+
+    Raises:
+      UserError: `target` holds something, the format cannot express the model, or the disk is full.
+    """
+    with new_folder(target, flag) as folder:
+        if format_name == "native":
+            write_native(checkpoint, folder, home=target)
+        else:
+            write_huggingface(checkpoint, folder)
+        check(folder)
