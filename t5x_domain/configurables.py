@@ -4,4 +4,4 @@ from t5x_domain.data import curriculum, loader, preparation, sources, tasks, voc
 from t5x_domain.models import assemblies, config  # noqa: F401
 from t5x_domain.objectives import language_modeling, losses, prefix, span_corruption, ul2  # noqa: F401
 from t5x_domain.parallel import mesh  # noqa: F401
-from t5x_domain.training import checkpoint, optimizer, run, schedule  # noqa: F401
+from t5x_domain.training import checkpoint, initial, optimizer, run, schedule  # noqa: F401

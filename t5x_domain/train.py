@@ -9,11 +9,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parses flags, then builds the run that gin describes and trains it."""
     parser = cli.parser("train")
     parser.add_argument("--run_dir", help="where metrics and checkpoints go; the same as --gin.RUN_DIR")
-    parser.add_argument("--init_from", help="a run or checkpoint to take the first parameters from")
+    parser.add_argument("--init_from", help="a model to start from: a run, a converted or Hugging Face folder")
+    parser.add_argument("--export_on_finish", metavar="DIR", help="write the trained model there for Hugging Face")
     flags, bindings = cli.parse(parser, argv)
     if not flags.gin_file:
         parser.error("--gin_file is needed, for example --gin_file=gin/runs/pretrain.gin")
-    for name, value in (("RUN_DIR", flags.run_dir), ("Run.init_from", flags.init_from)):
+    for name, value in (
+        ("RUN_DIR", flags.run_dir),
+        ("Run.init_from", flags.init_from),
+        ("Run.export_on_finish", flags.export_on_finish),
+    ):
         if value is not None:
             bindings.append(f"{name} = {value!r}")
 

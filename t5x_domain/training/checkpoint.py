@@ -1,26 +1,17 @@
-"""Checkpoints: parameters, optimizer, step and data position as one atomic unit, written by Orbax in the background.
-
-Where a run starts from, in this order: the newest complete checkpoint of its own run directory; else `init_from`,
-parameters only; else fresh parameters.
-"""
+"""Checkpoints: parameters, optimizer, step and data position as one atomic unit, written by Orbax in the background."""
 
 import contextlib
 import dataclasses
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import gin
-import jax
 import orbax.checkpoint as ocp
-from etils import epath
 
+from t5x_domain.conversion.stores import absolute
 from t5x_domain.errors import UserError
-from t5x_domain.training.optimizer import path_name
 from t5x_domain.training.state import TrainState
-
-Tree = Any
 
 
 @gin.configurable
@@ -55,7 +46,7 @@ class Checkpoints:
                     get_metric_fn=_held_out_loss, reverse=True, n=retention.best, keep_checkpoints_without_metrics=False
                 )
             )
-        self.directory = epath.Path(directory).resolve()
+        self.directory = absolute(directory)
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
@@ -150,81 +141,3 @@ def _held_out_loss(metrics: dict[str, float]) -> float:
 
 def _rest(state: TrainState) -> dict[str, Any]:
     return {field.name: getattr(state, field.name) for field in dataclasses.fields(state) if field.name != "params"}
-
-
-def find_params(path: str) -> epath.Path:
-    """The folder of parameters that `path` means: a run directory, its checkpoints/, or one step of them.
-
-    Raises:
-      UserError: there is no complete checkpoint.
-    """
-    root = epath.Path(path).resolve()  # Orbax finds nothing under a relative path
-    for folder in (root, root / "checkpoints"):
-        if (folder / "params").exists():
-            return folder / "params"
-        steps = [int(child.name) for child in folder.iterdir() if child.name.isdigit()] if folder.is_dir() else []
-        if steps:
-            return folder / str(max(steps)) / "params"
-    raise UserError(
-        f"--init_from={path}: no complete checkpoint there; give a run directory or one of its checkpoints."
-    )
-
-
-@gin.configurable(allowlist=["include", "strict"])
-def restore_params(
-    path: str, target: Tree, *, include: Sequence[str] = (".*",), strict: bool = True
-) -> tuple[dict[str, jax.Array], list[str]]:
-    """Parameters of another run, by name.
-
-    Args:
-      path: see `find_params`.
-      target: nested dict of shapes with shardings (`Blueprint.abstract_params`).
-      include: regular expressions of the names wanted.
-      strict: every wanted name must be in the checkpoint with the shape of `target`; otherwise those that are not are
-        reported and left.
-
-    Returns:
-      The restored arrays by name (see `optimizer.path_name`), and the names in `target` that were left.
-
-    Raises:
-      UserError: no checkpoint; or, if strict, names or shapes that do not fit.
-    """
-    folder = find_params(path)
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        saved = checkpointer.metadata(folder).item_metadata.tree
-        shapes = {path_name(p): tuple(leaf.shape) for p, leaf in jax.tree_util.tree_flatten_with_path(saved)[0]}
-        wanted, left = {}, []
-        for key_path, leaf in jax.tree_util.tree_flatten_with_path(target)[0]:
-            name = path_name(key_path)
-            chosen = any(re.search(pattern, name) for pattern in include)
-            if chosen and shapes.get(name) == leaf.shape:
-                wanted[name] = leaf
-            else:
-                left.append(name)
-                if chosen and strict:
-                    raise UserError(
-                        f"--init_from={path}: parameter {name} has shape {leaf.shape} in this model and "
-                        f"{shapes.get(name, 'is missing')} in the checkpoint; use its model configuration, or restore "
-                        "what fits with --gin.restore_params.strict=False."
-                    )
-        if not wanted:
-            raise UserError(f"--init_from={path}: none of the checkpoint's parameters fit {list(include)}.")
-        tree = _unflatten(wanted)
-        restored = checkpointer.restore(
-            folder,
-            args=ocp.args.PyTreeRestore(
-                item=tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree), partial_restore=True
-            ),
-        )
-    return {path_name(p): leaf for p, leaf in jax.tree_util.tree_flatten_with_path(restored)[0]}, left
-
-
-def _unflatten(named: dict[str, Any]) -> Tree:
-    tree: dict[str, Any] = {}
-    for name, leaf in named.items():
-        *parents, last = name.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = leaf
-    return tree

@@ -16,15 +16,20 @@ import jax
 import numpy as np
 import optax
 
+from t5x_domain.conversion.folders import require_free
+from t5x_domain.conversion.formats import write_checkpoint
+from t5x_domain.conversion.huggingface import CONFIG
+from t5x_domain.conversion.native import open_native
 from t5x_domain.data.curriculum import learning_rate
 from t5x_domain.data.tasks import Component
 from t5x_domain.errors import UserError
-from t5x_domain.training.checkpoint import Checkpoints, restore_params
+from t5x_domain.models.names import path_name
+from t5x_domain.training.checkpoint import Checkpoints
 from t5x_domain.training.feed import Feed
+from t5x_domain.training.initial import restore_params, starting_state
 from t5x_domain.training.metrics import MetricsWriter, Progress, read_json_lines
-from t5x_domain.training.optimizer import path_name
 from t5x_domain.training.run import Run
-from t5x_domain.training.state import Blueprint, TrainState
+from t5x_domain.training.state import Blueprint
 from t5x_domain.training.step import make_eval_step, make_train_step
 
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: start the same command again
@@ -55,11 +60,15 @@ def train(run: Run) -> int:
     (run_dir / "config.gin").write_text(gin.operative_config_str(), encoding="utf-8")
     with contextlib.ExitStack() as closing:
         checkpoints = closing.enter_context(contextlib.closing(Checkpoints(run_dir / "checkpoints", run.retention)))
+        begins = checkpoints.latest_step is None
         state, start = starting_state(run, blueprint, transform, checkpoints)
         writer = closing.enter_context(contextlib.closing(MetricsWriter(run_dir, start)))
         progress = closing.enter_context(contextlib.closing(Progress(start, run.total_steps)))
         preemption = closing.enter_context(contextlib.closing(PreemptionNotice()))
-        guard, meter = Guard(run, feed), Meter(run, feed, schedule, writer.last_logged, start)
+        if run.export_on_finish is not None and start < run.total_steps:
+            require_free(run.export_on_finish, "--export_on_finish")
+        last_logged = start if begins else writer.last_logged
+        guard, meter = Guard(run, feed), Meter(run, feed, schedule, last_logged, start)
         progress.say(f"{blueprint.num_parameters:,} parameters, mesh {dict(mesh.shape)}, from step {start:,}")
         for phase in feed.batches.describe() if len(run.phases) > 1 else ():
             progress.say(phase)
@@ -72,8 +81,8 @@ def train(run: Run) -> int:
             meter.restart()
             return {"loss": float(np.mean([score["loss"] for score in scores.values()]))}
 
-        if start == 0:
-            evaluate(0)
+        if begins:
+            evaluate(start)
         meter.restart()
         for step, batch, raw_tokens in feed.train_batches(start):
             if len(run.phases) > 1 and (step - 1 in feed.batches.starts or step == start + 1):
@@ -95,24 +104,17 @@ def train(run: Run) -> int:
                 progress.say(f"told to stop; saving step {step:,}: the same command goes on from there")
                 return EXIT_PREEMPTED
     summarise(run_dir, feed)
+    export(run)
     return 0
 
 
-def starting_state(
-    run: Run, blueprint: Blueprint, transform: optax.GradientTransformation, checkpoints: Checkpoints
-) -> tuple[TrainState, int]:
-    """The run's newest checkpoint; else the parameters of `run.init_from`; else fresh ones. And the step."""
-    latest = checkpoints.latest_step
-    if latest is not None:
-        state, _ = checkpoints.restore(blueprint.abstract_state(transform), latest)
-        return state, latest
-    params = blueprint.init(run.seed)
-    if run.init_from is not None:
-        found, left = restore_params(run.init_from, blueprint.abstract_params)
-        params = jax.tree_util.tree_map_with_path(lambda path, fresh: found.get(path_name(path), fresh), params)
-        if left:
-            print(f"not in {run.init_from}, freshly initialised: {', '.join(left)}")
-    return blueprint.init_state(params, transform), 0
+def export(run: Run) -> None:
+    """Writes the newest checkpoint to `run.export_on_finish` as a Hugging Face folder, unless it is there already."""
+    target = run.export_on_finish
+    if target is None or Path(target, CONFIG).exists() or jax.process_index() != 0:
+        return
+    write_checkpoint(open_native(run.run_dir), target, "huggingface", flag="--export_on_finish")
+    print(f"{target}: written for Hugging Face")
 
 
 def open_trained(run: Run) -> tuple[Feed, Blueprint, Any]:
@@ -123,7 +125,7 @@ def open_trained(run: Run) -> tuple[Feed, Blueprint, Any]:
     """
     mesh = run.mesh.build()
     blueprint = Blueprint(run.model, run.config, mesh)
-    found, _ = restore_params(run.run_dir, blueprint.abstract_params, include=[".*"], strict=True)
+    found, _ = restore_params(open_native(run.run_dir), blueprint, include=[".*"], strict=True)
     params = jax.tree_util.tree_map_with_path(lambda path, _: found[path_name(path)], blueprint.shapes)
     return Feed(run, mesh), blueprint, params
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import gin
 
+from t5x_domain.conversion.description import describe
+from t5x_domain.conversion.huggingface_config import write_config
 from t5x_domain.data.curriculum import Phase
 from t5x_domain.data.tasks import Mixture
 from t5x_domain.errors import UserError
@@ -41,7 +43,12 @@ class Run:
       loss: the device half of the objective.
       packing: "concat_and_split" or "first_fit", see data/loader.py.
       seed: of parameters, data order and dropout.
-      init_from: a run whose parameters this one starts with, if its own directory holds no checkpoint.
+      init_from: a model whose parameters this run starts with, if its own directory holds no checkpoint: a run, a
+        converted folder, a Hugging Face folder, or a T5X checkpoint.
+      init_embedding: how tokens that the model of `init_from` has not get their rows, "mean" or "random" (see
+        `adaptation.transplant`); None if it has to have the same vocabulary.
+      init_optimizer: go on from the step and with the second moments of Adafactor of a T5X checkpoint.
+      export_on_finish: a folder for the trained model as Hugging Face users load it; None for none.
       train_split, eval_split: splits of the cache.
       log_every, eval_every, checkpoint_every: steps between; the last step is evaluated and saved in any case.
       eval_batches: held-out batches of each component; None for all.
@@ -67,6 +74,9 @@ class Run:
     packing: str = "concat_and_split"
     seed: int = 0
     init_from: str | None = None
+    init_embedding: str | None = None
+    init_optimizer: bool = False
+    export_on_finish: str | None = None
     train_split: str = "train"
     eval_split: str = "validation"
     log_every: int = 10
@@ -89,6 +99,10 @@ class Run:
                 f"{self.vocabulary.vocab_size} ids; "
                 f"set --gin.ModelConfig.vocab_size={self.vocabulary.vocab_size} or more."
             )
+        if self.init_embedding not in (None, "mean", "random"):
+            raise UserError(f"Run.init_embedding = {self.init_embedding!r}: choose 'mean' or 'random', or None.")
+        if self.export_on_finish is not None:  # what cannot be exported is to be said before it is trained
+            write_config(self.model, self.config, dtype="float32")
 
     def identity(self, phase_starts: Sequence[int]) -> dict[str, Any]:
         """What must not change between two starts of the same run, as plain JSON; `phase_starts` are steps."""
@@ -127,6 +141,8 @@ class Run:
             return folder
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            facts = {} if self.init_from is None else {"started_from": Path(self.init_from).name}
+            describe(folder, self.model, self.config, self.vocabulary, facts)
             partial = record.with_suffix(".partial")
             partial.write_text(json.dumps(identity, indent=1), encoding="utf-8")
             os.replace(partial, record)

@@ -3,11 +3,10 @@ import time
 import jax
 import numpy as np
 import pytest
-from tiny import CONFIG, blueprint, mesh
+from tiny import blueprint, mesh
 
-from t5x_domain.errors import UserError
-from t5x_domain.training.checkpoint import Checkpoints, Retention, find_params, restore_params
-from t5x_domain.training.optimizer import Adafactor, Updates, path_name
+from t5x_domain.training.checkpoint import Checkpoints, Retention
+from t5x_domain.training.optimizer import Adafactor, Updates
 from t5x_domain.training.schedule import constant
 
 
@@ -80,36 +79,3 @@ def test_an_unfinished_save_is_no_checkpoint(tmp_path, state):
     while (tmp_path / "2.orbax-checkpoint-tmp").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert steps(tmp_path) == [1]
-
-
-def test_parts_by_name(tmp_path, plan, state):
-    save_all(tmp_path, state, None, {1: None})
-    found, left = restore_params(str(tmp_path), plan.abstract_params, include=["^encoder/", "embedding/embedding"])
-    names = {path_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(state.params)[0]}
-    assert set(found) == {name for name in names if name.startswith("encoder/") or name == "embedding/embedding"}
-    assert set(found) | set(left) == set(names)
-    for name, leaf in found.items():
-        np.testing.assert_array_equal(leaf, names[name])
-
-
-def test_a_model_of_another_shape_is_refused_or_reported(tmp_path, plan, state):
-    import dataclasses
-
-    save_all(tmp_path, state, None, {1: None})
-    wider = blueprint(config=dataclasses.replace(CONFIG, mlp_dim=256))
-    with pytest.raises(UserError, match=r"mlp/inner/wi/0/kernel has shape \(2, 64, 256\).*\(2, 64, 128\)"):
-        restore_params(str(tmp_path), wider.abstract_params)
-    found, left = restore_params(str(tmp_path), wider.abstract_params, strict=False)
-    assert left and all("/mlp/" in name for name in left)
-    assert "encoder/norm/scale" in found
-
-
-def test_where_parameters_are_found(tmp_path, state, monkeypatch, plan):
-    save_all(tmp_path / "run" / "checkpoints", state, None, {1: None, 12: None})
-    last = tmp_path / "run" / "checkpoints" / "12" / "params"
-    for path in (tmp_path / "run", tmp_path / "run" / "checkpoints", tmp_path / "run" / "checkpoints" / "12"):
-        assert str(find_params(str(path))) == str(last)
-    with pytest.raises(UserError, match="no complete checkpoint"):
-        find_params(str(tmp_path))
-    monkeypatch.chdir(tmp_path)
-    assert restore_params("run", plan.abstract_params)[1] == []  # a relative path

@@ -298,7 +298,7 @@ REFUSED = {
     "small_embedding": (["--gin.ModelConfig.vocab_size=300"], r"ModelConfig.vocab_size = 300 is smaller"),
     "no_cache": (["--gin.CACHE_DIR='/nowhere'"], r"/nowhere"),
     "macro_not_set": (["--gin.Run.total_steps=%STEPS"], r"STEPS is not set; bind it in .* --gin.STEPS="),
-    "init_from": (["--init_from=/nowhere", "--run_dir=RUN"], r"no complete checkpoint"),
+    "init_from": (["--init_from=/nowhere", "--run_dir=RUN"], r"--init_from=/nowhere: there is no such folder"),
     "freeze": (["--gin.Updates.freeze=('encodr',)"], r"'encodr' matches no parameter"),
 }  # fmt: skip
 
