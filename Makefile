@@ -3,17 +3,31 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+HF_BASE ?= python3.11
+HF_VENV ?= .venv-hf
 # Huge pages for what XLA allocates: without them a tenth to a fifth of training on a CPU goes into page faults.
 # Known to glibc 2.35 and newer on Linux; nothing else takes notice.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: demo test lint clean setup bench studies
+.PHONY: demo test test-hf lint clean setup bench studies
 
 demo: setup
 	$(BIN)/python -m t5x_domain.demo
 
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests
+
+# transformers lives in an environment of its own: torch and JAX are not always at hand for the same Python.
+# FLAN_T5_SMALL names a Hugging Face folder of that model, T5X_TESTDATA the folder t5x/testdata of T5X's repository; what
+# needs them is skipped without.
+test-hf: setup $(HF_VENV)/.ready
+	HF_PYTHON=$(abspath $(HF_VENV))/bin/python $(BIN)/python -m pytest -rs tests/hf tests/conversion/test_t5x.py
+
+$(HF_VENV)/.ready:
+	$(HF_BASE) -m venv $(HF_VENV)
+	@echo "installing torch and transformers into $(HF_VENV) ..."
+	$(HF_VENV)/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 transformers==5.23.0
+	@touch $@
 
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
