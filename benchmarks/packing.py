@@ -17,12 +17,12 @@ from t5x_domain.data.cache import TokenCache
 from t5x_domain.data.curriculum import Phase
 from t5x_domain.data.lengths import recommend
 from t5x_domain.data.loader import Batches
+from t5x_domain.data.mixtures import mixture_of_denoisers
 from t5x_domain.data.packing import EncoderDecoder
 from t5x_domain.data.preparation import prepare
 from t5x_domain.data.sources import JsonlSource
 from t5x_domain.data.tasks import Corpus
 from t5x_domain.data.vocabulary import Vocabulary
-from t5x_domain.objectives.ul2 import mixture_of_denoisers
 
 ROOT = Path(__file__).parent.parent
 SETTINGS = {

@@ -108,10 +108,8 @@ def _vocabulary(name: str, extra_ids: int) -> "Vocabulary | ByteVocabulary":
 
 def _with_vocabulary(checkpoint: "Checkpoint", flags: argparse.Namespace) -> "Checkpoint":
     """The checkpoint with the vocabulary and the number of rows that the flags ask for."""
-    import tempfile
-    from pathlib import Path
-
     from t5x_domain.adaptation.transplant import add_special_tokens, padded_size
+    from t5x_domain.conversion.folders import scratch_folder
     from t5x_domain.data.vocabulary import Vocabulary
 
     if all(getattr(flags, change) is None for change in _CHANGES):
@@ -130,7 +128,7 @@ def _with_vocabulary(checkpoint: "Checkpoint", flags: argparse.Namespace) -> "Ch
     if flags.mode_tokens:
         if not isinstance(new, Vocabulary):
             raise UserError("--mode_tokens: a vocabulary of bytes has no room for them; write them as text.")
-        file = Path(tempfile.mkdtemp(), "vocabulary.model")  # the target gets a copy of its own
+        file = scratch_folder() / "vocabulary.model"  # the target gets a copy of its own
         new = add_special_tokens(new, flags.mode_tokens.split(","), str(file))
     rows = max(new.vocab_size, checkpoint.config.vocab_size if not flags.new_vocabulary else 0)
     rows = padded_size(rows, flags.vocab_multiple or 1)

@@ -30,6 +30,7 @@ from study import ROOT, claim, parser, run_jobs
 
 from t5x_domain.data.cache import TokenCache
 from t5x_domain.data.curriculum import Phase
+from t5x_domain.data.mixtures import mixture_of_denoisers
 from t5x_domain.data.packing import Example
 from t5x_domain.data.preparation import prepare
 from t5x_domain.data.sources import JsonlSource
@@ -39,7 +40,6 @@ from t5x_domain.errors import UserError
 from t5x_domain.models.assemblies import DecoderOnly, EncoderDecoder
 from t5x_domain.models.config import ModelConfig
 from t5x_domain.objectives.prefix import NO_TOKENS, Metadata
-from t5x_domain.objectives.ul2 import mixture_of_denoisers
 from t5x_domain.training.feed import LAYOUTS, Feed
 from t5x_domain.training.loop import open_trained, train
 from t5x_domain.training.metrics import read_json_lines

@@ -28,6 +28,7 @@ from transplant_report import ARMS, write_report
 from t5x_domain.adaptation.transplant import Transplant, padded_size
 from t5x_domain.conversion.formats import open_checkpoint
 from t5x_domain.data.curriculum import Phase
+from t5x_domain.data.mixtures import mixture_of_denoisers
 from t5x_domain.data.packing import Example
 from t5x_domain.data.preparation import prepare
 from t5x_domain.data.sources import JsonlSource
@@ -36,7 +37,6 @@ from t5x_domain.data.vocabulary import Vocabulary
 from t5x_domain.errors import UserError
 from t5x_domain.models.assemblies import EncoderDecoder
 from t5x_domain.objectives.span_corruption import SpanCorruption
-from t5x_domain.objectives.ul2 import mixture_of_denoisers
 from t5x_domain.training.checkpoint import Checkpoints, Retention
 from t5x_domain.training.feed import LAYOUTS, Feed
 from t5x_domain.training.initial import starting_state

@@ -9,6 +9,7 @@ import numpy as np
 from t5x_domain.data.cache import TokenCache
 from t5x_domain.data.curriculum import Phase
 from t5x_domain.data.loader import Batches
+from t5x_domain.data.mixtures import mixture_of_denoisers
 from t5x_domain.data.sources import JsonlSource
 from t5x_domain.data.tasks import Corpus
 from t5x_domain.data.vocabulary import Vocabulary
@@ -17,7 +18,6 @@ from t5x_domain.models.config import ModelConfig
 from t5x_domain.objectives.language_modeling import CausalLM
 from t5x_domain.objectives.losses import language_model_loss
 from t5x_domain.objectives.prefix import NO_TOKENS, Mode
-from t5x_domain.objectives.ul2 import mixture_of_denoisers
 from t5x_domain.parallel.mesh import MeshShape
 from t5x_domain.training.feed import LAYOUTS
 from t5x_domain.training.optimizer import Adafactor, Updates

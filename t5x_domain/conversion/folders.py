@@ -1,9 +1,11 @@
 """Folders that appear whole or not at all."""
 
 import contextlib
+import functools
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -43,6 +45,16 @@ def new_folder(target: str, flag: str) -> Iterator[Path]:
         if reason is not None:
             raise UserError(f"{flag}={target}: could not be written ({reason}); nothing was left behind.") from error
         raise
+
+
+def scratch_folder() -> Path:
+    """A new folder that is removed when the process ends."""
+    return Path(tempfile.mkdtemp(dir=_scratch().name))
+
+
+@functools.cache
+def _scratch() -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory()
 
 
 def _failed_write(error: BaseException) -> str | None:

@@ -4,10 +4,8 @@ The names of tensors follow transformers' `modeling_t5.py`, `modeling_umt5.py` a
 kernel of a linear map as (out, in), we as (in, out).
 """
 
-import functools
 import json
 import re
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ import numpy as np
 
 from t5x_domain.conversion import safetensors_files
 from t5x_domain.conversion.checkpoint import Checkpoint
+from t5x_domain.conversion.folders import scratch_folder
 from t5x_domain.conversion.huggingface_config import read_config, write_config
 from t5x_domain.conversion.layout import part_shapes
 from t5x_domain.conversion.model_card import model_card
@@ -77,7 +76,7 @@ def open_huggingface(path: str) -> Checkpoint:
         model,
         config,
         found | tensors,  # what is left over keeps its name, for `checked` to list it
-        read_vocabulary(folder, into=Path(tempfile.mkdtemp(dir=_scratch().name), "vocabulary.model")),
+        read_vocabulary(folder, into=scratch_folder() / "vocabulary.model"),
         facts={"huggingface": {key: content[key] for key in ("model_type", "architectures") if key in content}},
     ).checked()
 
@@ -100,12 +99,6 @@ def write_huggingface(checkpoint: Checkpoint, folder: Path) -> None:
     if checkpoint.vocabulary is not None:
         write_tokenizer(folder, checkpoint.vocabulary, start_token=checkpoint.model is DecoderOnly)
     (folder / "README.md").write_text(model_card(checkpoint), encoding="utf-8")
-
-
-@functools.cache
-def _scratch() -> tempfile.TemporaryDirectory:
-    """A place for SentencePiece models made from tokenizer.json; removed when the process ends."""
-    return tempfile.TemporaryDirectory()
 
 
 def _turned(ours: str, tensor: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """UL2's mixture of denoisers, and the other mixes that its paper compares it with (Tay et al. 2022, arXiv:2205.05131).
 
-A denoiser is an objective with a mode token and a weight; `mixture_of_denoisers` gives every corpus all of them.
+A denoiser is an objective with a mode token and a weight; `data.mixtures` gives every corpus all of them.
 """
 
 import dataclasses
@@ -8,13 +8,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-import gin
-
-from t5x_domain.data.tasks import Component, Corpus, Mixture
 from t5x_domain.errors import UserError
 from t5x_domain.objectives.base import Objective
 from t5x_domain.objectives.language_modeling import CausalLM, PrefixLM
-from t5x_domain.objectives.prefix import Metadata, Mode
+from t5x_domain.objectives.prefix import Mode
 from t5x_domain.objectives.span_corruption import SpanCorruption
 
 
@@ -76,42 +73,18 @@ PRESETS: Mapping[str, tuple[Denoiser, ...]] = {
 }
 
 
-@gin.configurable
-def mixture_of_denoisers(
-    corpora: Sequence[Corpus],
-    *,
-    denoisers: str | Sequence[Sequence] = "ul2_442",
-    rates: Sequence[float] | None = None,
-    split: str = "suffix",
-    mode_form: str | None = "text",
-    metadata: Metadata | None = None,
-    name: str = "denoisers",
-) -> Mixture:
-    """Every corpus with every denoiser: a mixture of `len(corpora) * len(denoisers)` components.
-
-    Args:
-      corpora: what is learnt.
-      denoisers: a preset (a key of `PRESETS`), or a list of (family, mean span length, rate, mode token, weight), see
-        `Denoiser`. The weights sum to 1.
-      rates: of the corpora, relative to one another; None for equal ones.
-      split: how S cuts the text if it has a rate. 'suffix' predicts that share of its end, the paper's definition;
-        'uniform' cuts anywhere, the released preprocessor's. See `PrefixLM`.
-      mode_form: 'text' writes mode tokens in ordinary pieces; 'id' gives each an id of its own, in a vocabulary that
-        `prepare` trains, and calls the released [NLU], [NLG], [S2S] by the paper's [R], [X], [S]; None leaves them out.
-      metadata: a document's metadata before it; None for none.
-      name: of the mixture.
+def denoising(
+    denoisers: str | Sequence[Sequence], *, split: str, mode_form: str | None
+) -> list[tuple[Objective, Mode | None, float]]:
+    """Objective, mode token and weight of every denoiser; for the arguments see `data.mixtures`.
 
     Raises:
-      UserError: an unknown preset or family, knobs that a family does not have, weights that do not sum to 1, rates
-        that do not match the corpora.
+      UserError: an unknown preset or family, knobs that a family does not have, weights that do not sum to 1.
     """
     if mode_form not in ("text", "id", None):
         raise UserError(f"mixture_of_denoisers.mode_form={mode_form!r} is not one of 'text', 'id', None.")
     if split not in ("suffix", "uniform"):
         raise UserError(f"mixture_of_denoisers.split={split!r} is not one of 'suffix', 'uniform'.")
-    rates = [1.0] * len(corpora) if rates is None else list(rates)
-    if len(rates) != len(corpora):
-        raise UserError(f"mixture_of_denoisers.rates has {len(rates)} numbers for {len(corpora)} corpora.")
     chosen = _chosen(denoisers)
     if abs(sum(denoiser.weight for denoiser in chosen) - 1) > 1e-6:
         raise UserError(
@@ -123,14 +96,10 @@ def mixture_of_denoisers(
             f"mixture_of_denoisers.denoisers: the weight of {bare[0]} must be above 0; leave it out instead."
         )
     objectives = _named_apart([(_objective(denoiser, split), denoiser) for denoiser in chosen])
-    return Mixture(
-        name,
-        [
-            Component(corpus, objective, rate * denoiser.weight, _mode(denoiser, mode_form), metadata)
-            for corpus, rate in zip(corpora, rates, strict=True)
-            for objective, denoiser in zip(objectives, chosen, strict=True)
-        ],
-    )
+    return [
+        (objective, _mode(denoiser, mode_form), denoiser.weight)
+        for objective, denoiser in zip(objectives, chosen, strict=True)
+    ]
 
 
 def _named_apart(objectives: Sequence[tuple[Objective, Denoiser]]) -> list[Objective]:

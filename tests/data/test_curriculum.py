@@ -13,6 +13,7 @@ from memory import assert_equal, skewed_split
 from t5x_domain import cli
 from t5x_domain.data.curriculum import Curriculum, Phase, learning_rate, shares_seen
 from t5x_domain.data.loader import Batches, iterate
+from t5x_domain.data.mixtures import mixture_of_denoisers
 from t5x_domain.data.packing import DecoderOnly, EncoderDecoder
 from t5x_domain.data.sampling import ExampleRandom
 from t5x_domain.data.sources import JsonlSource
@@ -21,7 +22,6 @@ from t5x_domain.data.vocabulary import ByteVocabulary
 from t5x_domain.errors import UserError
 from t5x_domain.objectives.language_modeling import CausalLM
 from t5x_domain.objectives.prefix import Metadata, Mode
-from t5x_domain.objectives.ul2 import mixture_of_denoisers
 
 VOCABULARY = ByteVocabulary(extra_ids=100)
 SPLITS = [skewed_split("medicine", 0, count=800), skewed_split("law", 1, count=800)]

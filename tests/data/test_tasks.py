@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 
+from t5x_domain.data.mixtures import mixture_of_denoisers
 from t5x_domain.data.sources import JsonlSource
 from t5x_domain.data.tasks import Component, Corpus, Mixture, SeqioTaskSource, register
 from t5x_domain.data.vocabulary import ByteVocabulary, Vocabulary, train_sentencepiece
@@ -14,7 +15,6 @@ from t5x_domain.objectives.base import Objective
 from t5x_domain.objectives.language_modeling import CausalLM
 from t5x_domain.objectives.prefix import Metadata, Mode, prefix_ids
 from t5x_domain.objectives.span_corruption import SpanCorruption
-from t5x_domain.objectives.ul2 import mixture_of_denoisers
 
 VOCABULARY = ByteVocabulary(extra_ids=30)
 LENGTHS = {"inputs": 64, "targets": 14}  # T5's helper: 70 raw tokens

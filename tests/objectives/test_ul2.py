@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from t5x_domain import cli
+from t5x_domain.data.mixtures import mixture_of_denoisers
 from t5x_domain.data.sources import JsonlSource
 from t5x_domain.data.tasks import Corpus
 from t5x_domain.data.vocabulary import ByteVocabulary
@@ -16,7 +17,7 @@ from t5x_domain.errors import UserError
 from t5x_domain.objectives.language_modeling import CausalLM, PrefixLM
 from t5x_domain.objectives.prefix import Metadata, Mode
 from t5x_domain.objectives.span_corruption import SpanCorruption
-from t5x_domain.objectives.ul2 import PRESETS, mixture_of_denoisers
+from t5x_domain.objectives.ul2 import PRESETS
 
 EOS = 1
 VOCABULARY = ByteVocabulary(extra_ids=256)  # Text ids stay below 259, sentinels are 514, 513, …
