@@ -128,6 +128,9 @@ def run(verb: str, body: Callable[[], int | None]) -> None:
     except UserError as error:
         print(f"t5x-domain {verb}: error: {_first_line(error)}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"t5x-domain {verb}: interrupted", file=sys.stderr)
+        sys.exit(130)
     sys.exit(status or 0)
 
 

@@ -27,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the tensors (default: as they are)")
     parser.add_argument("--check", action="store_true", help="run both models and print the largest difference")
     parser.add_argument("--check_python", metavar="FILE", help="interpreter with transformers (default: this)")
+    parser.add_argument("--skip_tokenizer", action="store_true", help="leave a Hugging Face tokenizer of another kind")
     t5x = parser.add_argument_group("T5X", "what its checkpoints do not say; --gin.ModelConfig.NAME=VALUE for the rest")
     t5x.add_argument("--vocabulary", metavar="FILE", help="the model's SentencePiece file, or 'bytes'")
     t5x.add_argument("--extra_ids", type=int, metavar="N", help="sentinels of --vocabulary (default: 100)")
@@ -52,12 +53,17 @@ def _convert(flags: argparse.Namespace, bindings: Sequence[str]) -> None:
     _require_use_of_flags(flags)
     folders.require_free(flags.target, "--to")
     source_format = flags.from_format or formats.detect(flags.source)
+    if flags.skip_tokenizer and source_format != "huggingface":
+        raise UserError(f"--skip_tokenizer is for Hugging Face folders; --from={flags.source} is {source_format}.")
     if flags.check:
         _require_checkable(flags, source_format)
-    checkpoint = formats.open_checkpoint(flags.source, source_format, **_t5x_options(flags, bindings, source_format))
+    checkpoint = formats.open_checkpoint(flags.source, source_format, **_options(flags, bindings, source_format))
     print(f"{flags.source}: {source_format}, {checkpoint.model.__name__}, {_size(checkpoint)}")
+    for assumption in checkpoint.facts.get("assumed", ()) if source_format == "t5x" else ():
+        print(f"assumed: {assumption}")
+    known = len(checkpoint.facts.get("notes", ()))
     checkpoint = _with_dtype(_with_vocabulary(checkpoint, flags), flags.dtype)
-    for note in (*checkpoint.facts.get("assumed", ()), *checkpoint.facts.get("notes", ())):
+    for note in checkpoint.facts.get("notes", ())[known:]:
         print(note)
     check = (lambda folder: _check(flags, checkpoint, folder)) if flags.check else (lambda folder: None)
     formats.write_checkpoint(checkpoint, flags.target, flags.to_format, check=check)
@@ -80,19 +86,21 @@ def _require_use_of_flags(flags: argparse.Namespace) -> None:
             raise UserError(f"--{flag}={getattr(flags, flag)}: it must be at least {least}.")
 
 
-def _t5x_options(flags: argparse.Namespace, bindings: Sequence[str], source_format: str) -> dict[str, Any]:
+def _options(flags: argparse.Namespace, bindings: Sequence[str], source_format: str) -> dict[str, Any]:
     if source_format != "t5x":
         if bindings or flags.gin_file or flags.vocabulary or flags.skip_optimizer:
             raise UserError(
                 f"--from={flags.source} is {source_format}, which says all of its model itself; leave out gin "
                 "settings, --vocabulary and --skip_optimizer (--new_vocabulary gives it another vocabulary)."
             )
+        if source_format == "huggingface":
+            return {"tokenizer": not flags.skip_tokenizer}
         return {}
     import gin
 
     cli.load_gin(flags.gin_file, bindings, flags.gin_search_path)
     extra_ids = 100 if flags.extra_ids is None else flags.extra_ids
-    vocabulary = None if flags.vocabulary is None else _vocabulary(flags.vocabulary, extra_ids)
+    vocabulary = None if flags.vocabulary is None else _vocabulary("--vocabulary", flags.vocabulary, extra_ids)
     return {
         "overrides": gin.get_bindings("ModelConfig"),
         "vocabulary": vocabulary,
@@ -100,9 +108,13 @@ def _t5x_options(flags: argparse.Namespace, bindings: Sequence[str], source_form
     }
 
 
-def _vocabulary(name: str, extra_ids: int) -> "Vocabulary | ByteVocabulary":
+def _vocabulary(flag: str, name: str, extra_ids: int) -> "Vocabulary | ByteVocabulary":
+    from pathlib import Path
+
     from t5x_domain.data.vocabulary import ByteVocabulary, Vocabulary
 
+    if name != "bytes" and not Path(name).is_file():
+        raise UserError(f"{flag}={name}: there is no such file; give a SentencePiece model, or 'bytes'.")
     return ByteVocabulary(extra_ids) if name == "bytes" else Vocabulary(name, extra_ids)
 
 
@@ -122,14 +134,19 @@ def _with_vocabulary(checkpoint: "Checkpoint", flags: argparse.Namespace) -> "Ch
         )
     extra_ids = old.extra_ids if flags.new_extra_ids is None else flags.new_extra_ids
     if flags.new_vocabulary:
-        new = _vocabulary(flags.new_vocabulary, extra_ids)
+        new = _vocabulary("--new_vocabulary", flags.new_vocabulary, extra_ids)
     else:
         new = Vocabulary(old.model_file, extra_ids) if isinstance(old, Vocabulary) else type(old)(extra_ids)
     if flags.mode_tokens:
         if not isinstance(new, Vocabulary):
             raise UserError("--mode_tokens: a vocabulary of bytes has no room for them; write them as text.")
         file = scratch_folder() / "vocabulary.model"  # the target gets a copy of its own
-        new = add_special_tokens(new, flags.mode_tokens.split(","), str(file))
+        tokens = flags.mode_tokens.split(",")
+        if any(not token or token != "".join(token.split()) for token in tokens):
+            raise UserError(
+                f"--mode_tokens={flags.mode_tokens}: write tokens with commas between and no spaces, as A,B."
+            )
+        new = add_special_tokens(new, tokens, str(file))
     rows = max(new.vocab_size, checkpoint.config.vocab_size if not flags.new_vocabulary else 0)
     rows = padded_size(rows, flags.vocab_multiple or 1)
     return checkpoint.with_vocabulary(new, rows, init=flags.init_embedding or "mean")
@@ -181,7 +198,10 @@ def _size(checkpoint: "Checkpoint") -> str:
     import math
 
     count = sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
-    return f"{count:,} parameters"
+    ids = "no vocabulary, so the result has no tokenizer (T5X: name it with --vocabulary)"
+    if checkpoint.vocabulary is not None:
+        ids = f"a vocabulary of {checkpoint.vocabulary.vocab_size:,} ids"
+    return f"{count:,} parameters, {checkpoint.config.vocab_size:,} rows of the embedding, {ids}"
 
 
 if __name__ == "__main__":

@@ -313,9 +313,9 @@ def test_a_bucket_that_cannot_be_reached(run, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "make, said",
     [
-        (lambda folder: folder.rmdir(), "there is no such folder; a model of a hub has to be downloaded"),
+        (lambda folder: folder.rmdir(), "there is no such folder; download a model of a hub first"),
         (lambda folder: (folder.rmdir(), folder.write_text("x")), "a file; give the folder"),
-        (lambda folder: (folder / "notes.txt").write_text(""), "no complete checkpoint"),
+        (lambda folder: (folder / "notes.txt").write_text(""), "no model there; give a run"),
         (lambda folder: (folder / "model.safetensors").write_text(""), "but no config.json"),
         (lambda folder: (folder / "config.json").write_text('{"model_type": "t5"}'), "neither model.safetensors"),
     ],
@@ -387,6 +387,6 @@ def test_a_new_vocabulary(run, tmp_path, words):
     after = open_checkpoint(str(tmp_path / "bytes"))
     assert after.vocabulary == ByteVocabulary(4) and after.config.vocab_size == 259 + 4
     error = run(tmp_path / "ours", tmp_path / "x", "native", "--new_vocabulary=/no/such.model", fails=True)
-    assert "/no/such.model: cannot read the SentencePiece model" in error
+    assert "--new_vocabulary=/no/such.model: there is no such file" in error
     error = run(tmp_path / "bytes", tmp_path / "x", "native", "--mode_tokens=[NLU]", fails=True)
     assert "--mode_tokens: a vocabulary of bytes has no room" in error

@@ -186,7 +186,7 @@ def add_special_tokens(vocabulary: Vocabulary, tokens: Sequence[str], model_file
         ):
             raise UserError(
                 f"'{token}' cannot be a token of its own, {vocabulary.model_file} has an ordinary piece of that name; "
-                "choose another, or write it as text with Mode.as_text=True."
+                "choose another, or write it as text."
             )
         if token not in there:
             model.pieces.add(piece=token, type=control)

@@ -46,12 +46,13 @@ def rounding_bound(config: ModelConfig, largest: float) -> float:
     """Largest difference that float32 rounding explains between two implementations, for outputs up to `largest`.
 
     One sub-layer has about 8 steps that round (norm, projections, softmax, products, sum). A product of length n has a
-    relative error of about sqrt(n) u, u = 2^-24 (Higham & Mary 2019), with n the longest here. Both models round, and
-    errors of all sub-layers add on the residual stream; the last norm makes them relative to the outputs.
+    relative error of about sqrt(n) u, u = 2^-24 (Higham & Mary 2019), with n the longest here. Errors of all steps add
+    on the residual stream as independent ones do, by their squares; both models round, and the last norm makes what
+    they differ by relative to the outputs.
     """
     sublayers = 2 * config.num_encoder_layers + 3 * config.num_decoder_layers
     longest = max(config.mlp_dim, config.embed_dim, config.num_heads * config.head_dim)
-    return 2 * 8 * sublayers * math.sqrt(longest) * 2**-24 * largest
+    return 2 * math.sqrt(8 * sublayers) * math.sqrt(longest) * 2**-24 * largest
 
 
 def compare(ours: Checkpoint, folder: str, python: str) -> Comparison:

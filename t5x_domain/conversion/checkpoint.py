@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from t5x_domain.adaptation.transplant import Transplant
-from t5x_domain.conversion.layout import part_shapes
+from t5x_domain.conversion.layout import EMBEDDINGS, part_shapes
 from t5x_domain.conversion.tensors import Tensor
 from t5x_domain.data.vocabulary import ByteVocabulary, Vocabulary
 from t5x_domain.errors import UserError
@@ -70,7 +70,7 @@ class Checkpoint:
         problems = {"missing": missing, "left over": extra, "of another shape": other}
         if any(problems.values()):
             said = "; ".join(f"{what}: {_listed(names)}" for what, names in problems.items() if names)
-            raise UserError(f"{self.origin}: its tensors do not fit a {self.model.__name__} of its shape. {said}.")
+            raise UserError(f"{self.origin}: its tensors are not those of its {self.model.__name__}. {said}.")
         if self.vocabulary is not None and self.vocabulary.vocab_size > self.config.vocab_size:
             raise UserError(
                 f"{self.origin}: the vocabulary has {self.vocabulary.vocab_size} ids but the embedding only "
@@ -110,7 +110,7 @@ class Checkpoint:
             whole = functools.cache(lambda: plan.apply(table.read(), num_rows, init, [seed, number]))
             return Tensor((num_rows, table.shape[1]), table.dtype, lambda index: whole()[index])
 
-        tables = [name for name in ("embedding/embedding", "embedding/output") if name in self.tensors]
+        tables = [name for name in EMBEDDINGS if name in self.tensors]
         moments = self.second_moments if plan.unchanged and same_rows else None
         note = f"Embedding fitted to a vocabulary of {len(plan.rows):,} ids: {plan.copied:,} rows copied, "
         note += f"{plan.averaged:,} {'averaged' if init == 'mean' else 'drawn at random'}"

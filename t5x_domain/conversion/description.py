@@ -2,14 +2,13 @@
 
 import dataclasses
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from etils import epath
 
-from t5x_domain.data.vocabulary import ByteVocabulary, Vocabulary
+from t5x_domain.data.vocabulary import ByteVocabulary, Vocabulary, write_atomically
 from t5x_domain.errors import UserError
 from t5x_domain.models.assemblies import DecoderOnly, EncoderDecoder, EncoderOnly, LanguageModel
 from t5x_domain.models.config import ModelConfig
@@ -31,14 +30,14 @@ def describe(
     if vocabulary is not None:
         described = {"kind": vocabulary.description["kind"], "extra_ids": vocabulary.extra_ids}
     if isinstance(vocabulary, Vocabulary):
-        shutil.copyfile(vocabulary.model_file, folder / VOCABULARY)
+        write_atomically(folder / VOCABULARY, Path(vocabulary.model_file).read_bytes())
     description = {
         "model": model.__name__,
         "config": dataclasses.asdict(config),
         "vocabulary": described,
         "facts": dict(facts or {}),
     }
-    (folder / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
+    write_atomically(folder / DESCRIPTION, (json.dumps(description, indent=1) + "\n").encode())
 
 
 def read_description(
@@ -72,13 +71,13 @@ def write_gin(
     home: str,
 ) -> None:
     """Writes model.gin, to be included by the gin file of a run; `home` is where the folder will be then."""
-    defaults = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
     settings = {key: _frozen(value) for key, value in dataclasses.asdict(config).items()}
     lines = [
-        "# Include this last in the gin file of a run that starts with --init_from=<this folder>.",
+        "# Include this last in the gin file of a run that starts with --init_from=<this folder>. If the folder moves,",
+        "# change VOCABULARY_FILE.",
         "",
         f"MODEL = @{model.__name__}",
-        *(f"ModelConfig.{key} = {value!r}" for key, value in settings.items() if value != defaults[key]),
+        *(f"ModelConfig.{key} = {value!r}" for key, value in settings.items() if key not in ModelConfig.HOW),
     ]
     if vocabulary is not None:
         kind = type(vocabulary).__name__

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,6 +32,9 @@ def new_folder(target: str, flag: str) -> Iterator[Path]:
     require_free(target, flag)
     final = Path(target).resolve()
     partial = final.with_name(f".{final.name}.partial-{os.getpid()}")
+    for left in final.parent.glob(f".{final.name}.partial-*"):
+        if not _is_running(left.name.rpartition("-")[2]):  # of a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
         yield partial
@@ -40,8 +44,8 @@ def new_folder(target: str, flag: str) -> Iterator[Path]:
             os.close(descriptor)
         os.replace(partial, final)
     except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        reason = _failed_write(error)
+        _remove(partial)
+        reason = _failed_write(error, partial)
         if reason is not None:
             raise UserError(f"{flag}={target}: could not be written ({reason}); nothing was left behind.") from error
         raise
@@ -57,9 +61,29 @@ def _scratch() -> tempfile.TemporaryDirectory:
     return tempfile.TemporaryDirectory()
 
 
-def _failed_write(error: BaseException) -> str | None:
+def _remove(folder: Path) -> None:
+    """Removes a folder into which threads of TensorStore may still be writing."""
+    for _ in range(100):
+        shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(0.05)
+        if not folder.exists():
+            return
+
+
+def _is_running(pid: str) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _failed_write(error: BaseException, folder: Path) -> str | None:
     """Why the disk refused, if it did. TensorStore says so at the end of the text of a ValueError."""
     if isinstance(error, OSError):
-        return str(error)
+        place = None if error.filename is None else Path(os.fsdecode(error.filename))
+        return str(error) if place is None or place.is_relative_to(folder) or folder.is_relative_to(place) else None
     reason = re.search(r"([^:]+) \[os_error_code=", str(error)) if isinstance(error, ValueError) else None
     return reason and reason[1].strip()

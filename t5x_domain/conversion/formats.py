@@ -9,7 +9,7 @@ from etils import epath
 from t5x_domain.conversion.checkpoint import Checkpoint
 from t5x_domain.conversion.folders import new_folder
 from t5x_domain.conversion.huggingface import CONFIG, open_huggingface, write_huggingface
-from t5x_domain.conversion.native import open_native, write_native
+from t5x_domain.conversion.native import find_params, open_native, write_native
 from t5x_domain.conversion.safetensors_files import INDEX, SINGLE
 from t5x_domain.conversion.t5x import is_t5x, open_t5x
 from t5x_domain.errors import UserError
@@ -35,31 +35,46 @@ def detect(path: str, flag: str = "--from") -> str:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{flag}={path}: cannot be reached ({reason}).") from error
     if not exists:
-        raise UserError(f"{flag}={path}: there is no such folder; a model of a hub has to be downloaded first.")
-    if (folder / CONFIG).exists():
-        return "huggingface"
+        raise UserError(
+            f"{flag}={path}: there is no such folder; download a model of a hub first: hf download NAME --local-dir=DIR"
+        )
     if is_t5x(path):
         return "t5x"
+    if "://" in path:
+        raise UserError(f"{flag}={path}: only T5X's checkpoints are read from a bucket; copy it to this machine first.")
+    if (folder / CONFIG).exists():
+        return "huggingface"
     if not folder.is_dir():
         raise UserError(f"{flag}={path}: a file; give the folder of the model that it belongs to.")
     if any((folder / name).exists() for name in (SINGLE, INDEX)):
         raise UserError(f"{flag}={path}: has weights as Hugging Face writes them, but no {CONFIG}; add that file.")
-    return "native"  # whose reader says what is missing
+    try:
+        find_params(path)
+    except UserError as error:
+        raise UserError(
+            f"{flag}={path}: no model there; give a run with a checkpoint, a converted folder, a Hugging Face folder "
+            "or a T5X checkpoint."
+        ) from error
+    return "native"
 
 
-def open_checkpoint(path: str, format_name: str | None = None, *, flag: str = "--from", **options: Any) -> Checkpoint:
+def open_checkpoint(
+    path: str, format_name: str | None = None, *, flag: str = "--from", t5x: Mapping[str, Any] = {}, **options: Any
+) -> Checkpoint:
     """Opens the model at `path` without reading its parameters.
 
     Args:
       path: where it is.
       format_name: one of `READ`; None for what is found there.
       flag: where `path` was given, for messages.
+      t5x: options of `open_t5x`, if it is T5X's.
       **options: those of the format's reader.
 
     Raises:
       UserError: there is none, or it is incomplete.
     """
-    return READ[format_name or detect(path, flag)](path, **options)
+    format_name = format_name or detect(path, flag)
+    return READ[format_name](path, **options, **(t5x if format_name == "t5x" else {}))
 
 
 def write_checkpoint(

@@ -6,7 +6,7 @@ kernel of a linear map as (out, in), we as (in, out).
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from t5x_domain.conversion.huggingface_config import read_config, write_config
 from t5x_domain.conversion.layout import part_shapes
 from t5x_domain.conversion.model_card import model_card
 from t5x_domain.conversion.tensors import Tensor
-from t5x_domain.conversion.tokenizer import read_vocabulary, write_tokenizer
+from t5x_domain.conversion.tokenizer import read_vocabulary, require_writable, write_tokenizer
+from t5x_domain.data.vocabulary import ByteVocabulary, Vocabulary
 from t5x_domain.errors import UserError
 from t5x_domain.models.assemblies import DecoderOnly, LanguageModel
 from t5x_domain.models.config import ModelConfig
@@ -49,8 +50,12 @@ def is_transposed(ours: str) -> bool:
     return ours.endswith("kernel")
 
 
-def open_huggingface(path: str) -> Checkpoint:
+def open_huggingface(path: str, *, tokenizer: bool = True) -> Checkpoint:
     """A folder as `save_pretrained` writes it.
+
+    Args:
+      path: the folder.
+      tokenizer: whether to read the vocabulary, too; only those of T5's kind can be.
 
     Raises:
       UserError: an architecture or option that is not converted, incomplete or left-over tensors, another vocabulary.
@@ -76,9 +81,33 @@ def open_huggingface(path: str) -> Checkpoint:
         model,
         config,
         found | tensors,  # what is left over keeps its name, for `checked` to list it
-        read_vocabulary(folder, into=scratch_folder() / "vocabulary.model"),
+        read_vocabulary(folder, into=scratch_folder() / "vocabulary.model") if tokenizer else None,
         facts={"huggingface": {key: content[key] for key in ("model_type", "architectures") if key in content}},
     ).checked()
+
+
+def require_exportable(
+    model: type[LanguageModel],
+    config: ModelConfig,
+    vocabulary: Vocabulary | ByteVocabulary | None,
+    prefix_lm: Sequence[str] = (),
+) -> None:
+    """Raises UserError if no Hugging Face model and tokenizer do what these do.
+
+    Args:
+      model: the assembly.
+      config: its shape.
+      vocabulary: its vocabulary; None if that is not known.
+      prefix_lm: objectives by which a decoder-only model was trained with inputs that see one another.
+    """
+    write_config(model, config, dtype="float32")
+    if prefix_lm:
+        raise UserError(
+            f"LlamaForCausalLM lets no token see a later one, but in training ({', '.join(prefix_lm)}) the inputs saw "
+            "one another (decoder_prefix); only decoder-only models of causal objectives can be written."
+        )
+    if vocabulary is not None:
+        require_writable(vocabulary)
 
 
 def write_huggingface(checkpoint: Checkpoint, folder: Path) -> None:
@@ -87,6 +116,9 @@ def write_huggingface(checkpoint: Checkpoint, folder: Path) -> None:
     Raises:
       UserError: no Hugging Face model computes what this one does.
     """
+    require_exportable(
+        checkpoint.model, checkpoint.config, checkpoint.vocabulary, checkpoint.facts.get("prefix_lm", ())
+    )
     dtypes = {tensor.dtype.name for tensor in checkpoint.tensors.values()}
     config = write_config(checkpoint.model, checkpoint.config, dtype="float32" if len(dtypes) > 1 else dtypes.pop())
     names = tensor_names(checkpoint.model, checkpoint.config)

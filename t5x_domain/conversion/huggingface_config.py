@@ -146,6 +146,7 @@ def _read_llama(origin: str, config: Mapping[str, Any], *, has_output: bool, dty
         "attention_bias": (config.get("attention_bias", False), False),
         "mlp_bias": (config.get("mlp_bias", False), False),
         "hidden_act": (config.get("hidden_act", "silu"), "silu"),
+        "partial_rotary_factor": (rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1)), 1),
     }
     for key, (value, wanted) in unsupported.items():
         if value != wanted:

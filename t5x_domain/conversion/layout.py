@@ -14,6 +14,8 @@ from t5x_domain.models.assemblies import LanguageModel
 from t5x_domain.models.config import ModelConfig
 from t5x_domain.models.names import path_name
 
+EMBEDDINGS = ("embedding/embedding", "embedding/output")  # whose rows are tokens
+
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:

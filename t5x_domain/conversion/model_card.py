@@ -18,15 +18,15 @@ def model_card(checkpoint: Checkpoint) -> str:
     run = checkpoint.facts.get("run")
     if run is not None:
         sections.append(_training(checkpoint.facts, run))
-    if "after" in checkpoint.facts.get("eval", {}):
-        sections.append(_scores(checkpoint.facts["eval"]))
+    if "scores" in checkpoint.facts:
+        sections.append(_scores(checkpoint.facts["scores"]))
     return "\n\n".join(sections) + "\n"
 
 
 def _header(checkpoint: Checkpoint) -> str:
     return (
         "---\nlibrary_name: transformers\ntags:\n- t5x_domain\n---\n\n"
-        f"# {_KINDS[checkpoint.model]} model trained with t5x_domain"
+        f"# {_KINDS[checkpoint.model]} model {'trained' if 'run' in checkpoint.facts else 'converted'} with t5x_domain"
     )
 
 
@@ -59,6 +59,8 @@ def _loading(checkpoint: Checkpoint) -> str:
     if checkpoint.model is EncoderDecoder and checkpoint.config.relative_bias_per_layer:
         lines.append("model.config.tie_word_embeddings = False  # or transformers 5 divides logits by sqrt(d_model)")
     text = "\n".join(["## Use", "", "```python", *lines, "```"])
+    if checkpoint.model is EncoderDecoder and not checkpoint.config.tie_embeddings:
+        text += "\n\ntransformers 5 remarks that `lm_head` and the embedding are not tied. So it should be."
     if checkpoint.model is DecoderOnly:
         text += "\n\nEvery text starts with id 0, which the tokenizer puts there. Attention is causal throughout."
     return text
@@ -74,6 +76,8 @@ def _training(facts: Mapping[str, Any], run: Mapping[str, Any]) -> str:
         "optimizer": f"`{run['Updates.optimizer']}`",
         "seed": run["Run.seed"],
     }
+    if "phases" in facts:
+        rows["tokens of text seen"] = f"{sum(phase['raw_tokens'] for phase in facts['phases']):,}"
     text = "## Training\n\n" + _table(("", ""), rows.items())
     components = [
         (number, phase["start"], corpus, f"`{objective}`", rate, "" if mode == "None" else f"`{mode}`")
@@ -86,11 +90,11 @@ def _training(facts: Mapping[str, Any], run: Mapping[str, Any]) -> str:
 def _scores(scores: Mapping[str, Any]) -> str:
     rows = [
         (corpus, f"{score['perplexity']:.2f}", f"{score['bits_per_byte']:.3f}", f"{score['accuracy']:.1%}")
-        for corpus, score in scores["after"].items()
+        for corpus, score in scores.items()
         if corpus != "step"
     ]
     head = ("corpus", "perplexity", "bits per byte", "targets guessed right")
-    return f"## Held-out text, step {scores['after']['step']:,}\n\n" + _table(head, rows)
+    return f"## Held-out text, step {scores['step']:,}\n\n" + _table(head, rows)
 
 
 def _table(head: tuple[str, ...], rows: Any) -> str:

@@ -6,6 +6,7 @@ says which model they belong to.
 
 import asyncio
 import dataclasses
+import functools
 import json
 import math
 import zipfile
@@ -38,12 +39,12 @@ def find_params(path: str) -> epath.Path:
       UserError: there is no complete checkpoint.
     """
     root = stores.absolute(path)  # Orbax finds nothing under a relative path
-    for folder in (root, root / "checkpoints"):
-        if (folder / "params").exists():
-            return folder / "params"
+    for folder in (root / "checkpoints", root):
         steps = [int(child.name) for child in folder.iterdir() if child.name.isdigit()] if folder.is_dir() else []
         if steps:
             return folder / str(max(steps)) / "params"
+        if (folder / "params").exists():
+            return folder / "params"
     raise UserError(f"{path}: no complete checkpoint there; give a run directory or one of its checkpoints.")
 
 
@@ -57,7 +58,8 @@ def open_native(path: str) -> Checkpoint:
     folder = next((f for f in params.parents if (f / DESCRIPTION).exists()), None)
     if folder is None:
         raise UserError(
-            f"{path}: no {DESCRIPTION} beside the parameters, so their model is unknown; restore that file."
+            f"{path}: no {DESCRIPTION} beside the parameters, so their model is unknown; restore that file, or start "
+            "the run once more, which writes it."
         )
     model, config, vocabulary, facts = read_description(folder)
     return Checkpoint(
@@ -115,8 +117,8 @@ class _Unread:
 
     @classmethod
     def of(cls, leaf: Leaf, tensors: Mapping[str, Tensor]) -> "_Unread":
-        parts = tuple(tensors[part] for part in leaf.parts)
-        return cls(leaf.shape, parts[0].dtype, leaf.stacked, parts)
+        dtype = functools.reduce(np.promote_types, (tensors[part].dtype for part in leaf.parts))
+        return cls(leaf.shape, dtype, leaf.stacked, tuple(tensors[part].astype(dtype) for part in leaf.parts))
 
     @property
     def size(self) -> int:
@@ -197,10 +199,18 @@ def _read_second_moments(folder: epath.Path) -> SecondMoments | None:
 
 def _facts_of_run(folder: epath.Path, params: epath.Path) -> dict[str, Any]:
     """What a run has written about itself, for the model card."""
-    if not (folder / "run.json").exists():
+    step = params.parent.name
+    if not (folder / "run.json").exists() or not step.isdigit():
         return {}
-    facts: dict[str, Any] = {"step": int(params.parent.name)}
-    for name in ("run", "eval", "phases"):
-        if (folder / f"{name}.json").exists():
-            facts[name] = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+    facts: dict[str, Any] = {"step": int(step), "run": _json(folder / "run.json")}
+    scores = _json(folder / "eval.json") if (folder / "eval.json").exists() else {}
+    if scores.get("after", {}).get("step") == int(step):  # and not of another checkpoint
+        facts |= {"scores": scores["after"], "phases": _json(folder / "phases.json")}
     return facts
+
+
+def _json(path: epath.Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); restore it, or remove it with its step.") from error

@@ -45,6 +45,7 @@ def open_t5x(
     path: str,
     *,
     overrides: Mapping[str, Any] = {},
+    defaults: Mapping[str, Any] = {},
     vocabulary: Vocabulary | ByteVocabulary | None = None,
     optimizer: bool = True,
 ) -> Checkpoint:
@@ -56,6 +57,7 @@ def open_t5x(
     Args:
       path: local, or gs://bucket/folder.
       overrides: fields of `ModelConfig` that are known better.
+      defaults: fields to take in place of an assumption.
       vocabulary: what the model was trained with; T5X does not keep it with its checkpoints.
       optimizer: whether to read the state of Adafactor.
 
@@ -78,7 +80,7 @@ def open_t5x(
     sources = find_sources({name: tensor.shape for name, tensor in tree.items()}, origin)
     model, fields = infer_config(sources, origin)
     last_read = LastRead()  # T5X cuts large arrays along their largest axes, so chunks hold all layers
-    unsaid, assumed = unsaid_fields(file.parent, is_gated(sources), overrides)
+    unsaid, assumed = unsaid_fields(file.parent, is_gated(sources), overrides, defaults)
     return Checkpoint(
         origin,
         model,

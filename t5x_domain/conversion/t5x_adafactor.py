@@ -14,12 +14,12 @@ from t5x_domain.conversion.checkpoint import SecondMoments
 from t5x_domain.conversion.t5x_names import LAYERS, Source
 from t5x_domain.conversion.tensors import LastRead, Tensor
 from t5x_domain.errors import UserError
-from t5x_domain.training.optimizer import Adafactor
 
 Means = tuple[np.ndarray, np.ndarray]
 
 SKIP = "convert without the state of the optimizer (--skip_optimizer)"
 _SLOTS = ("v_row", "v_col", "v", "m")
+_SMALLEST_FACTORED = 128  # min_dim_size_to_factor of T5X and optax, unless they are told otherwise
 _UNUSED = (1,)  # shape of a slot that a parameter does not need
 _INTO_THE_WIDTH = ("out/kernel", "wo/kernel")  # of the kernels, those whose last axis is the width of the model
 
@@ -82,7 +82,7 @@ def _for_optax(moments: np.ndarray | Means) -> dict[str, np.ndarray]:
     """
     factored = isinstance(moments, tuple)
     shape = tuple(mean.size for mean in moments) if factored else moments.shape
-    if len(shape) < 2 or min(shape) < Adafactor().min_dim_size_to_factor:
+    if len(shape) < 2 or min(shape) < _SMALLEST_FACTORED:
         return {"v": np.outer(*moments) / moments[0].mean() if factored else moments}
     means = moments if factored else (moments.mean(axis=1), moments.mean(axis=0))
     smaller, larger = np.argsort(shape)

@@ -13,13 +13,16 @@ _SYNONYMS = {"swish": "silu"}
 _CONFIG = r"^\S*(?:T5Config|TransformerConfig)"  # of T5X's networks, with or without module and scope
 
 
-def unsaid_fields(folder: epath.Path, gated: bool, overrides: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def unsaid_fields(
+    folder: epath.Path, gated: bool, overrides: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
     """Fields of `ModelConfig`, and a sentence for each that had to be assumed.
 
     Args:
       folder: of the arrays; `config.gin` is looked for there, beside `state/`, and in MODEL_DIR.
       gated: whether each feed-forward layer has two input kernels.
       overrides: fields that need neither be read nor assumed.
+      defaults: fields that need not be assumed if they are not read.
 
     Raises:
       UserError: config.gin belongs to another model.
@@ -41,11 +44,12 @@ def unsaid_fields(folder: epath.Path, gated: bool, overrides: Mapping[str, Any])
         "relative_bias_max_distance": 128,
     }
     assumed = [
-        f"{key} = {guess!r}, which neither the arrays nor a config.gin beside them say."
+        f"{key} = {guess!r}, which neither the arrays nor a config.gin beside them say; --gin.ModelConfig.{key}=VALUE "
+        "sets it."
         for key, guess in guesses.items()
-        if key not in said and key not in overrides
+        if key not in said and key not in overrides and key not in defaults
     ]
-    return guesses | said, assumed
+    return guesses | dict(defaults) | said, assumed
 
 
 def _said(text: str) -> dict[str, Any]:

@@ -60,8 +60,8 @@ def write_tokenizer(folder: Path, vocabulary: Vocabulary | ByteVocabulary, *, st
         ids = {piece: index for index, piece in enumerate([*special.values(), *_BYTE_PIECES])}
         model = json.dumps({"type": "BPE", "unk_token": "<unk>", "byte_fallback": True, "vocab": ids, "merges": []})
     else:
+        require_writable(vocabulary)
         proto = _parse(Path(vocabulary.model_file))
-        _check_can_be_written(proto, vocabulary.model_file)
         special = {
             i: piece.piece for i, piece in enumerate(proto.pieces) if piece.type in (piece.CONTROL, piece.UNKNOWN)
         }
@@ -104,6 +104,13 @@ def read_vocabulary(folder: Path, into: Path) -> Vocabulary | ByteVocabulary | N
     Raises:
       UserError: a tokenizer of another kind, or tokens whose ids a vocabulary cannot give them.
     """
+    try:
+        return _read_vocabulary(folder, into)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{folder}: its tokenizer files are damaged ({error!r}); copy them anew.") from error
+
+
+def _read_vocabulary(folder: Path, into: Path) -> Vocabulary | ByteVocabulary | None:
     config, document = _read_json(folder / "tokenizer_config.json"), _read_json(folder / "tokenizer.json")
     kind = str(config.get("tokenizer_class", "T5Tokenizer")).removesuffix("Fast")
     model_file = next((folder / name for name in MODEL_FILES if (folder / name).is_file()), None)
@@ -150,7 +157,12 @@ def _read_json(path: Path) -> dict:
         raise UserError(f"{path}: not JSON ({error}); copy the file anew.") from error
 
 
-def _check_can_be_written(proto: Any, model_file: str) -> None:
+def require_writable(vocabulary: Vocabulary | ByteVocabulary) -> None:
+    """Raises UserError if the SentencePiece model does something that tokenizer files cannot say."""
+    if isinstance(vocabulary, ByteVocabulary):
+        return
+    model_file = vocabulary.model_file
+    proto = _parse(Path(model_file))
     spec, types = proto.normalizer_spec, proto.SentencePiece
     known = (types.NORMAL, types.CONTROL, types.UNKNOWN, types.BYTE)
     unusual = next((piece.piece for piece in proto.pieces if piece.type not in known), None)

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import gin
 
@@ -55,6 +55,8 @@ class ModelConfig:
       remat: what the backward pass recomputes: "none", "minimal" (all but matrix products without a batch dimension),
         "full" (all).
     """
+
+    HOW: ClassVar = ("dtype", "scan_layers", "remat")  # fields that change how a model is computed, not what it is
 
     vocab_size: int
     embed_dim: int = 512

@@ -27,6 +27,17 @@ def test_outputs_equal_transformers(tmp_path, name):
     np.testing.assert_allclose(mine[valid], expected, rtol=0, atol=bound)
 
 
+@pytest.mark.parametrize("changes", [{"norm_epsilon": 1e-5}, {"mlp_activations": ("gelu_exact", "linear")}])
+def test_the_bound_sees_small_mistakes(tmp_path, changes):
+    checkpoint = open_huggingface(write_folder(tmp_path / "hf", "t5_1_1"))
+    wrong = dataclasses.replace(checkpoint, config=dataclasses.replace(checkpoint.config, **changes))
+    golden = dict(np.load(GOLDEN / "t5_1_1.npz"))
+    mine = outputs(wrong, {key: value for key, value in golden.items() if value.dtype == np.int32})
+    valid = golden["decoder_attention_mask"].astype(bool)
+    largest = abs(golden["expected"][valid]).max()
+    assert abs(mine - golden["expected"])[valid].max() > rounding_bound(checkpoint.config, largest)
+
+
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_there_and_back_to_the_bit(tmp_path, name, dtype):
@@ -111,6 +122,15 @@ def test_what_is_refused(tmp_path, name, changes, message):
         open_huggingface(str(tmp_path / "hf"))
 
 
+def test_a_prefix_language_model_is_no_llama(tmp_path):
+    """Its inputs saw one another; a Llama's tokens see only earlier ones."""
+    checkpoint = open_huggingface(write_folder(tmp_path / "hf", "llama"))
+    trained = dataclasses.replace(checkpoint, facts={"prefix_lm": ["r3_15"]})
+    with pytest.raises(UserError, match=r"in training \(r3_15\) the inputs saw one another"):
+        write_checkpoint(trained, str(tmp_path / "out"), "huggingface")
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_model_card_says_what_was_trained(tmp_path):
     write_folder(tmp_path / "hf", "t5_1_1")
     component = ["law", 1, "SpanCorruption()", 1.0, "None", "None"]
@@ -124,10 +144,21 @@ def test_the_model_card_says_what_was_trained(tmp_path):
             "Updates.optimizer": "Adafactor()",
             "phases": [{"start": 0, "components": [component], "subset": {}}],
         },
-        "eval": {"after": {"step": 1234, "law": {"perplexity": 9.5, "bits_per_byte": 0.8, "accuracy": 0.5}}},
+        "scores": {"step": 1234, "law": {"perplexity": 9.5, "bits_per_byte": 0.8, "accuracy": 0.5}},
+        "phases": [{"raw_tokens": 56_789}],
     }
     checkpoint = dataclasses.replace(open_huggingface(str(tmp_path / "hf")), facts=facts)
     write_checkpoint(checkpoint, str(tmp_path / "out"), "huggingface")
     card = (tmp_path / "out" / "README.md").read_text()
-    for said in ("1,234", "32 rows of 512 inputs, 114 targets", "first_fit", "| law |", "9.50", "0.800", "20,912"):
+    for said in (
+        "1,234",
+        "32 rows of 512 inputs, 114 targets",
+        "first_fit",
+        "| law |",
+        "9.50",
+        "0.800",
+        "20,912",
+        "56,789",
+        "trained with",
+    ):
         assert said in card, said

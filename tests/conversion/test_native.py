@@ -175,7 +175,8 @@ def test_model_gin_and_model_json_say_every_setting(tmp_path):
         assert read_description(tmp_path)[:2] == (EncoderDecoder, config)
         write_gin(tmp_path, EncoderDecoder, config, None, home=str(tmp_path))
         cli.load_gin([str(tmp_path / "model.gin")], [])
-        assert cli.build(gin.get_configurable(ModelConfig)) == config
+        how = {key: getattr(ModelConfig, key) for key in ModelConfig.HOW}  # which the including file decides
+        assert cli.build(gin.get_configurable(ModelConfig)) == dataclasses.replace(config, **how)
         assert gin.query_parameter("%MODEL").configurable.wrapped is EncoderDecoder
 
 
