@@ -16,15 +16,13 @@ import jax
 import numpy as np
 import optax
 
-from t5x_domain.conversion.folders import require_free
-from t5x_domain.conversion.formats import write_checkpoint
-from t5x_domain.conversion.huggingface import CONFIG
 from t5x_domain.conversion.native import open_native
 from t5x_domain.data.curriculum import learning_rate
 from t5x_domain.data.tasks import Component
 from t5x_domain.errors import UserError
 from t5x_domain.models.names import path_name
 from t5x_domain.training.checkpoint import Checkpoints
+from t5x_domain.training.export import export, require_free_export
 from t5x_domain.training.feed import Feed
 from t5x_domain.training.initial import restore_params, starting_state
 from t5x_domain.training.metrics import MetricsWriter, Progress, read_json_lines
@@ -45,6 +43,7 @@ def train(run: Run) -> int:
       UserError: the configuration, the cache or the run directory is not fit for use; a checkpoint could not be
         written; or too many updates in a row were not finite.
     """
+    require_free_export(run)
     mesh = run.mesh.build()
     feed = Feed(run, mesh)
     blueprint = Blueprint(run.model, run.config, mesh)
@@ -62,13 +61,10 @@ def train(run: Run) -> int:
         checkpoints = closing.enter_context(contextlib.closing(Checkpoints(run_dir / "checkpoints", run.retention)))
         begins = checkpoints.latest_step is None
         state, start = starting_state(run, blueprint, transform, checkpoints)
-        writer = closing.enter_context(contextlib.closing(MetricsWriter(run_dir, start)))
+        writer = closing.enter_context(contextlib.closing(MetricsWriter(run_dir, start, begins=begins)))
         progress = closing.enter_context(contextlib.closing(Progress(start, run.total_steps)))
         preemption = closing.enter_context(contextlib.closing(PreemptionNotice()))
-        if run.export_on_finish is not None and start < run.total_steps:
-            require_free(run.export_on_finish, "--export_on_finish")
-        last_logged = start if begins else writer.last_logged
-        guard, meter = Guard(run, feed), Meter(run, feed, schedule, last_logged, start)
+        guard, meter = Guard(run, feed), Meter(run, feed, schedule, writer.last_logged, start)
         progress.say(f"{blueprint.num_parameters:,} parameters, mesh {dict(mesh.shape)}, from step {start:,}")
         for phase in feed.batches.describe() if len(run.phases) > 1 else ():
             progress.say(phase)
@@ -108,15 +104,6 @@ def train(run: Run) -> int:
     return 0
 
 
-def export(run: Run) -> None:
-    """Writes the newest checkpoint to `run.export_on_finish` as a Hugging Face folder, unless it is there already."""
-    target = run.export_on_finish
-    if target is None or Path(target, CONFIG).exists() or jax.process_index() != 0:
-        return
-    write_checkpoint(open_native(run.run_dir), target, "huggingface", flag="--export_on_finish")
-    print(f"{target}: written for Hugging Face")
-
-
 def open_trained(run: Run) -> tuple[Feed, Blueprint, Any]:
     """What a finished or interrupted run reads, its model, and the parameters of its newest checkpoint.
 
@@ -125,7 +112,7 @@ def open_trained(run: Run) -> tuple[Feed, Blueprint, Any]:
     """
     mesh = run.mesh.build()
     blueprint = Blueprint(run.model, run.config, mesh)
-    found, _ = restore_params(open_native(run.run_dir), blueprint, include=[".*"], strict=True)
+    found = restore_params(open_native(run.run_dir), blueprint, include=[".*"], strict=True).params
     params = jax.tree_util.tree_map_with_path(lambda path, _: found[path_name(path)], blueprint.shapes)
     return Feed(run, mesh), blueprint, params
 

@@ -47,14 +47,17 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 class MetricsWriter:
     """Writes each logged step to metrics.jsonl, each evaluation to evaluations.jsonl, and both to TensorBoard."""
 
-    def __init__(self, run_dir: Path, start_step: int) -> None:
-        """Continues the files of a run that goes on from `start_step`; `last_logged` is their last step."""
+    def __init__(self, run_dir: Path, start_step: int, *, begins: bool) -> None:
+        """Continues the files of a run that goes on from `start_step`, or begins there.
+
+        `last_logged` is the last step of metrics.jsonl, or that at which the run began.
+        """
         self._metrics = JsonLines(run_dir / "metrics.jsonl", start_step)
-        logged = read_json_lines(run_dir / "metrics.jsonl")
-        self.last_logged = logged[-1]["step"] if logged else 0
-        # The evaluation of a checkpoint's step was written before it was saved, hence stays; that of step 0, which no
-        # checkpoint has, is made again.
-        self._evaluations = JsonLines(run_dir / "evaluations.jsonl", start_step or -1)
+        # The evaluation of a checkpoint's step was written before it was saved, hence stays; that with which the run
+        # began, which no checkpoint has, is made again.
+        self._evaluations = JsonLines(run_dir / "evaluations.jsonl", start_step - begins)
+        written = read_json_lines(run_dir / "metrics.jsonl") or read_json_lines(run_dir / "evaluations.jsonl")[:1]
+        self.last_logged = written[-1]["step"] if written else start_step
         # purge_step hides what TensorBoard has of the steps that are about to be repeated.
         self._events = tensorboardX.SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
 

@@ -2,19 +2,19 @@
 
 import dataclasses
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import gin
 
-from t5x_domain.conversion.description import describe
-from t5x_domain.conversion.huggingface_config import write_config
+from t5x_domain.conversion.description import DESCRIPTION, describe
+from t5x_domain.conversion.huggingface import require_exportable
 from t5x_domain.data.curriculum import Phase
 from t5x_domain.data.tasks import Mixture
+from t5x_domain.data.vocabulary import write_atomically
 from t5x_domain.errors import UserError
-from t5x_domain.models.assemblies import LanguageModel
+from t5x_domain.models.assemblies import DecoderOnly, LanguageModel
 from t5x_domain.models.config import ModelConfig
 from t5x_domain.objectives.losses import language_model_loss
 from t5x_domain.parallel.mesh import MeshShape
@@ -102,7 +102,15 @@ class Run:
         if self.init_embedding not in (None, "mean", "random"):
             raise UserError(f"Run.init_embedding = {self.init_embedding!r}: choose 'mean' or 'random', or None.")
         if self.export_on_finish is not None:  # what cannot be exported is to be said before it is trained
-            write_config(self.model, self.config, dtype="float32")
+            require_exportable(self.model, self.config, self.vocabulary, self.prefix_lm)
+
+    @property
+    def prefix_lm(self) -> list[str]:
+        """Objectives by which a decoder-only model learns with inputs that see one another."""
+        if self.model is not DecoderOnly:
+            return []
+        objectives = [component.objective for phase in self.phases for component in phase.components]
+        return list(dict.fromkeys(o.name for o in objectives if o.lengths(64)[0] > 0))
 
     def identity(self, phase_starts: Sequence[int]) -> dict[str, Any]:
         """What must not change between two starts of the same run, as plain JSON; `phase_starts` are steps."""
@@ -115,6 +123,7 @@ class Run:
             "Run.packing": self.packing,
             "Run.batch_size": self.batch_size,
             "Run.seed": self.seed,
+            **{f"Run.{key}": getattr(self, key) for key in ("init_from", "init_embedding", "init_optimizer")},
             "Updates.optimizer": repr(self.updates.optimizer),
             "Updates.freeze": list(self.updates.freeze),
             **{f"{name} bindings": gin.get_bindings(name) for name in ("Batches", "language_model_loss")},
@@ -129,7 +138,7 @@ class Run:
         """
         folder, identity = Path(self.run_dir), self.identity(phase_starts)
         record = folder / "run.json"
-        if record.exists():
+        if record.exists() and _has_begun(folder):
             before = json.loads(record.read_text(encoding="utf-8"))
             changed = [key for key in {**before, **identity} if before.get(key) != identity.get(key)]
             if changed:
@@ -138,19 +147,30 @@ class Run:
                     f"{folder} belongs to a run of another configuration: {differences}. "
                     "Set another --gin.RUN_DIR, or give it the configuration it was started with."
                 )
-            return folder
+        elif (folder / DESCRIPTION).exists() and not record.exists():
+            raise UserError(
+                f"Run.run_dir = {self.run_dir}: holds a converted model; set --gin.RUN_DIR to another folder."
+            )
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            facts = {} if self.init_from is None else {"started_from": Path(self.init_from).name}
-            describe(folder, self.model, self.config, self.vocabulary, facts)
-            partial = record.with_suffix(".partial")
-            partial.write_text(json.dumps(identity, indent=1), encoding="utf-8")
-            os.replace(partial, record)
+            write_atomically(record, json.dumps(identity, indent=1).encode())
+            if not (folder / DESCRIPTION).exists() or not _has_begun(folder):
+                facts = {} if self.init_from is None else {"started_from": Path(self.init_from).name}
+                if self.prefix_lm:
+                    facts["prefix_lm"] = self.prefix_lm
+                describe(folder, self.model, self.config, self.vocabulary, facts)
         except OSError as error:
             raise UserError(
                 f"Run.run_dir = {self.run_dir}: {error.strerror}; set --gin.RUN_DIR to a folder you may write."
             ) from error
         return folder
+
+
+def _has_begun(folder: Path) -> bool:
+    """Whether something was trained in a run directory; a start that was refused leaves one that was not."""
+    logged, checkpoints = folder / "metrics.jsonl", folder / "checkpoints"
+    saved = checkpoints.is_dir() and any(child.name.isdigit() for child in checkpoints.iterdir())
+    return saved or (logged.exists() and logged.stat().st_size > 0)
 
 
 def _described(phase: Phase, start: int) -> dict[str, Any]:

@@ -32,9 +32,9 @@ class SmallRun:
     """What `starting_state` asks of a run."""
 
     init_from: str | None
+    vocabulary: object = VOCABULARY
     model: type = EncoderDecoder
     config: object = CONFIG
-    vocabulary: object = VOCABULARY
     init_embedding: str | None = None
     init_optimizer: bool = False
     seed: int = 5
@@ -79,7 +79,7 @@ def named(params):
 
 
 def test_parts_by_name(plan, state, finished):
-    found, left = restore_params(open_native(finished), plan, include=["^encoder/", "embedding/embedding"])
+    found, left, _ = restore_params(open_native(finished), plan, include=["^encoder/", "embedding/embedding"])
     names = named(state.params)
     assert set(found) == {name for name in names if name.startswith("encoder/") or name == "embedding/embedding"}
     assert set(found) | set(left) == set(names)
@@ -92,7 +92,7 @@ def test_parts_by_name(plan, state, finished):
 def test_every_value_and_every_place(finished, state, shape, scan_layers):
     """Layers stacked or not, on any mesh."""
     plan = blueprint(mesh(**shape), config=dataclasses.replace(CONFIG, scan_layers=scan_layers))
-    found, left = restore_params(open_native(finished), plan)
+    found, left, _ = restore_params(open_native(finished), plan)
     assert left == []
     targets = named(plan.abstract_params)
     stored = open_native(finished).tensors
@@ -109,7 +109,7 @@ def test_another_shape_is_refused_or_reported(finished):
         restore_params(open_native(finished), wider)
     with pytest.raises(UserError, match=r"mlp/inner/wi/0/kernel has shape \(64, 256\).*\(64, 128\)"):
         restore_params(open_native(finished), wider, include=["mlp"])
-    found, left = restore_params(open_native(finished), wider, strict=False)
+    found, left, _ = restore_params(open_native(finished), wider, strict=False)
     assert left and all("/mlp/" in name for name in left)
     assert "encoder/norm/scale" in found
 
@@ -147,10 +147,17 @@ class TestVocabulary:
 
     def test_rows_follow_their_tokens(self, finished, plan, state):
         fewer = ByteVocabulary(80)
-        found, _ = restore_params(open_native(finished), plan, vocabulary=fewer, init_embedding="mean")
+        found = restore_params(open_native(finished), plan, vocabulary=fewer, init_embedding="mean").params
         before, after = np.asarray(state.params["embedding"]["embedding"]), found["embedding/embedding"]
         np.testing.assert_array_equal(after[:259], before[:259])
         np.testing.assert_array_equal(after[fewer.sentinel_id(0)], before[VOCABULARY.sentinel_id(0)])
+
+    def test_what_does_not_say_its_vocabulary_cannot_be_fitted(self, finished, plan, capsys):
+        silent = dataclasses.replace(open_native(finished), vocabulary=None)
+        assert restore_params(silent, plan, vocabulary=VOCABULARY).left == []
+        assert "taken to be the run's" in capsys.readouterr().out
+        with pytest.raises(UserError, match="does not say its vocabulary"):
+            restore_params(silent, plan, vocabulary=VOCABULARY, init_embedding="mean")
 
     def test_the_rest_may_be_taken_without_it(self, finished, plan):
         restore_params(open_native(finished), plan, vocabulary=ByteVocabulary(80), include=["coder/"])
@@ -236,7 +243,23 @@ class TestSecondMoments:
         with pytest.raises(UserError, match=message):
             starting_state(run, plan, transform, Checkpoints(tmp_path / "run" / "checkpoints"))
 
+    def test_they_belong_to_the_vocabulary(self, tmp_path, before, plan, capsys):
+        write_checkpoint(self.carried(before[2][1]), str(tmp_path / "model"), "native")
+        run = SmallRun(str(tmp_path / "model"), ByteVocabulary(80), init_optimizer=True, init_embedding="mean")
+        with pytest.raises(UserError, match="no optimizer state for this vocabulary"):
+            starting_state(run, plan, before[0], Checkpoints(tmp_path / "run" / "checkpoints"))
+        assert "the optimizer's state was left behind" in capsys.readouterr().out
+
+    def test_none_may_be_missing(self, tmp_path, before, plan):
+        checkpoint = self.carried(before[2][1])
+        slots = {name: value for name, value in checkpoint.second_moments.slots.items() if "encoder/1/mlp" not in name}
+        fewer = dataclasses.replace(checkpoint, second_moments=SecondMoments(2, slots))
+        write_checkpoint(fewer, str(tmp_path / "model"), "native")
+        run = SmallRun(str(tmp_path / "model"), init_optimizer=True)
+        with pytest.raises(UserError, match="is missing for encoder/1/mlp/"):
+            starting_state(run, plan, before[0], Checkpoints(tmp_path / "run" / "checkpoints"))
+
     def test_a_run_has_none(self, tmp_path, finished, plan, transform):
         run = SmallRun(str(finished), init_optimizer=True)
-        with pytest.raises(UserError, match="holds no optimizer state"):
+        with pytest.raises(UserError, match="there is no optimizer state"):
             starting_state(run, plan, transform, Checkpoints(tmp_path / "run" / "checkpoints"))

@@ -3,6 +3,7 @@
 It learns UL2's denoisers with metadata, in two phases that differ in metadata, learning rate and place in the data.
 """
 
+import dataclasses
 import json
 import os
 import random
@@ -187,7 +188,7 @@ def test_resumes_at_the_edge_of_a_phase(workspace, undisturbed):
     wait_for(lambda: len(whole_lines(run_dir)) >= 13 and saved.is_dir(), process)
     process.kill()
     process.communicate()
-    assert len(whole_lines(run_dir)) < STEPS and saved.is_dir()
+    assert [child.name for child in saved.parent.iterdir() if child.name.isdigit()] == ["12"]
     status, out, err = finish(workspace, run_dir)
     assert status == 0, err
     assert "from step 12" in out and "step 13: phase 2" in out
@@ -265,6 +266,53 @@ def test_init_from_takes_the_parameters_and_starts_at_step_0(workspace, undistur
     assert first["corpora"] == lines(undisturbed / "evaluations.jsonl")[-1]["corpora"]
 
 
+def test_the_trained_model_is_left_for_hugging_face(workspace):
+    from t5x_domain.conversion.formats import open_checkpoint
+
+    run_dir, target = workspace / "exported", workspace / "for hugging face"
+    flags = ("--gin.TRAIN_STEPS=2", f"--export_on_finish={target}")
+    status, out, err = finish(workspace, run_dir, *flags)
+    assert status == 0, err
+    assert f"{target}: written for Hugging Face" in out
+    ours, theirs = open_checkpoint(str(run_dir)), open_checkpoint(str(target))
+    assert theirs.vocabulary == ours.vocabulary
+    for name, tensor in ours.tensors.items():
+        np.testing.assert_array_equal(theirs.tensors[name].read(), tensor.read())
+    card = (target / "README.md").read_text()
+    assert "| updates | 2 |" in card and "| biomedical |" in card
+    status, out, err = finish(workspace, run_dir, *flags)  # the same command once more does no harm
+    assert status == 0, err
+    assert "written for Hugging Face" not in out
+
+
+def test_goes_on_where_another_program_stopped(workspace, undisturbed):
+    """From step 1,000 with its second moments; killed before the first logged step, as if it was not."""
+    from t5x_domain.conversion.checkpoint import SecondMoments
+    from t5x_domain.conversion.formats import open_checkpoint, write_checkpoint
+
+    model = open_checkpoint(str(undisturbed))
+    # No matrix of this model is large enough to be factored.
+    slots = {name: {"v": np.full(tensor.shape, 1e-4, np.float32)} for name, tensor in model.tensors.items()}
+    stopped = dataclasses.replace(model, second_moments=SecondMoments(1000, slots))
+    write_checkpoint(stopped, str(workspace / "stopped"), "native")
+    flags = [f"--init_from={workspace / 'stopped'}", "--gin.Run.init_optimizer=True", "--gin.TRAIN_STEPS=1010"]
+    flags += ["--gin.Run.log_every=5", "--gin.Run.checkpoint_every=4", "--gin.Run.eval_every=10"]
+    status, out, err = finish(workspace, workspace / "goes_on", *flags)
+    assert status == 0, err
+    assert "from step 1,000" in out
+
+    run_dir = workspace / "goes_on_killed"
+    process = start(workspace, run_dir, *flags)
+    wait_for((run_dir / "checkpoints" / "1004").is_dir, process)
+    process.kill()
+    process.communicate()
+    status, out, err = finish(workspace, run_dir, *flags)
+    assert status == 0, err
+    assert logged(run_dir) == logged(workspace / "goes_on")
+    assert [line["step"] for line in lines(run_dir / "evaluations.jsonl")] == [1000, 1010]
+    assert (run_dir / "phases.json").read_bytes() == (workspace / "goes_on" / "phases.json").read_bytes()
+
+
 REFUSED = {
     "other_configuration": (["--gin.ModelConfig.mlp_dim=96"], r"ModelConfig.mlp_dim was 64, is 96"),
     "batch": (["--gin.BATCH_SIZE=9", "--gin.Run.accumulation_steps=2"], r"Run.batch_size = 9 does not divide"),
@@ -299,6 +347,8 @@ REFUSED = {
     "no_cache": (["--gin.CACHE_DIR='/nowhere'"], r"/nowhere"),
     "macro_not_set": (["--gin.Run.total_steps=%STEPS"], r"STEPS is not set; bind it in .* --gin.STEPS="),
     "init_from": (["--init_from=/nowhere", "--run_dir=RUN"], r"--init_from=/nowhere: there is no such folder"),
+    "another_start": (["--init_from=gin"], r"Run.init_from was None, is 'gin'"),
+    "export": (["--export_on_finish=gin"], r"--export_on_finish=gin: exists and is not empty"),
     "freeze": (["--gin.Updates.freeze=('encodr',)"], r"'encodr' matches no parameter"),
 }  # fmt: skip
 
