@@ -95,7 +95,8 @@ def _advice(
         splits = [cache.split(split) for cache in caches if cache.manifest["corpus"] in names]
         best, equal = recommend(mixture, splits, vocabulary, inputs)
     except UserError as error:
-        return f"{head} none can be recommended, because {error}"
+        said = str(error).partition("\n  In call to configurable")[0]  # what gin adds is of no use here
+        return f"{head} none can be recommended, because {said}"
     return (
         f"{head} LENGTHS = {{'inputs': {inputs}, 'targets': {best.targets}}}\n"
         f"  {best.both:.1%} of the positions hold tokens (encoder {best.encoder:.1%}, decoder {best.decoder:.1%}), "

@@ -155,6 +155,14 @@ class FileSource(Source):
 
     files: Mapping[str, str | Sequence[str]]
 
+    def __post_init__(self) -> None:
+        """Raises UserError if `files` does not say which files are which split's."""
+        if not isinstance(self.files, Mapping):
+            raise UserError(
+                f"{type(self).__name__}.files = {self.files!r}: name the files of each split, "
+                "{'train': 'train-*.jsonl', 'validation': 'validation.jsonl'}."
+            )
+
     @property
     def splits(self) -> list[str]:
         return list(self.files)
