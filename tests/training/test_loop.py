@@ -294,8 +294,8 @@ def test_goes_on_where_another_program_stopped(workspace, undisturbed):
     # No matrix of this model is large enough to be factored.
     slots = {name: {"v": np.full(tensor.shape, 1e-4, np.float32)} for name, tensor in model.tensors.items()}
     stopped = dataclasses.replace(model, second_moments=SecondMoments(1000, slots))
-    write_checkpoint(stopped, str(workspace / "stopped"), "native")
-    flags = [f"--init_from={workspace / 'stopped'}", "--gin.Run.init_optimizer=True", "--gin.TRAIN_STEPS=1010"]
+    write_checkpoint(stopped, str(workspace / "another_program"), "native")
+    flags = [f"--init_from={workspace / 'another_program'}", "--gin.Run.init_optimizer=True", "--gin.TRAIN_STEPS=1010"]
     flags += ["--gin.Run.log_every=5", "--gin.Run.checkpoint_every=4", "--gin.Run.eval_every=10"]
     status, out, err = finish(workspace, workspace / "goes_on", *flags)
     assert status == 0, err
