@@ -46,10 +46,10 @@ def rounding_bound(config: ModelConfig, largest: float) -> float:
     """Largest difference that float32 rounding explains between two implementations, for outputs up to `largest`.
 
     A product of length n has a relative error of about sqrt(n) u, u = 2^-24 (Higham & Mary 2019), with n the longest
-    here. A sub-layer has about 7 such steps (norm, projections, products, sum) and a softmax, which makes
-    a relative error of the weights of an absolute one of the scores; those are up to about 8, as T5 does not scale them.
-    Errors of all steps add on the residual stream as independent ones do, by their squares: 7 + 8^2 for a sub-layer.
-    Both models round, and the last norm makes what they differ by relative to the outputs.
+    here. A sub-layer has about 7 such steps (norm, projections, products, sum) and a softmax, which makes a relative
+    error of the weights of an absolute one of the scores; those are up to about 8, as T5 does not scale them. Errors of
+    all steps add on the residual stream as independent ones do, by their squares: 7 + 8^2 for a sub-layer. Both models
+    round, and the last norm makes what they differ by relative to the outputs.
     """
     sublayers = 2 * config.num_encoder_layers + 3 * config.num_decoder_layers
     longest = max(config.mlp_dim, config.embed_dim, config.num_heads * config.head_dim)
