@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from t5x_domain import cli
+
 REPOSITORY = Path(__file__).parents[1]
-VERBS = ["prepare", "train", "evaluate", "demo"]
+VERBS = ["prepare", "train", "evaluate", "convert", "demo"]
 
 
 def run(*arguments, cwd=REPOSITORY):
@@ -68,3 +70,13 @@ def test_training_imports_neither_tensorflow_nor_seqio():
     )
     result = run("-c", script)
     assert result.returncode == 0, result.stderr
+
+
+def test_interrupted(capsys):
+    def body():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stopped:
+        cli.run("convert", body)
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err == "t5x-domain convert: interrupted\n"

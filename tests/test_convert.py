@@ -80,6 +80,16 @@ def test_bfloat16(run, tmp_path, t5):
     assert weights_of(tmp_path / "wide") == wide
 
 
+def test_a_tokenizer_of_another_kind_can_be_left(run, tmp_path, t5):
+    folder = shutil.copytree(t5, tmp_path / "hf")
+    (folder / "tokenizer.json").write_text('{"model": {"type": "BPE"}}')
+    assert "BPE" in run(folder, tmp_path / "x", fails=True)
+    assert "no vocabulary" in run(folder, tmp_path / "x", "native", "--skip_tokenizer")
+    assert open_checkpoint(str(tmp_path / "x")).vocabulary is None
+    error = run(tmp_path / "x", tmp_path / "y", "native", "--skip_tokenizer", fails=True)
+    assert "--skip_tokenizer is for Hugging Face folders" in error
+
+
 def test_shards_both_ways(run, tmp_path, t5, monkeypatch):
     write = safetensors_files.write_folder
     monkeypatch.setattr(safetensors_files, "write_folder", lambda folder, tensors: write(folder, tensors, 4000))

@@ -166,3 +166,14 @@ def test_killed(tmp_path, format_name):
     assert all(name.startswith(".a.partial-") for name in os.listdir(tmp_path))
     write_checkpoint(random_checkpoint(EncoderDecoder), str(target), format_name)
     assert target.is_dir()
+
+
+def test_what_a_killed_process_has_left_is_removed(tmp_path):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    left, running = (tmp_path / f".model.partial-{pid}" for pid in (dead.pid, os.getppid()))
+    for folder in (left, running):
+        folder.mkdir()
+    with new_folder(str(tmp_path / "model"), "--to") as folder:
+        (folder / "x").write_text("x")
+    assert not left.exists() and running.exists()

@@ -17,7 +17,7 @@ from t5x_domain.conversion.native import find_params, open_native
 from t5x_domain.conversion.tensors import Tensor
 from t5x_domain.data.vocabulary import ByteVocabulary
 from t5x_domain.errors import UserError
-from t5x_domain.models.assemblies import EncoderDecoder
+from t5x_domain.models.assemblies import EncoderDecoder, EncoderOnly
 from t5x_domain.models.names import path_name
 from t5x_domain.training.checkpoint import Checkpoints
 from t5x_domain.training.initial import restore_params, starting_state
@@ -121,6 +121,13 @@ def test_what_no_shape_shows_is_refused_too(finished, changes):
     other = blueprint(config=dataclasses.replace(CONFIG, **changes))
     with pytest.raises(UserError, match=f"ModelConfig.{next(iter(changes))} is"):
         restore_params(open_native(finished), other)
+
+
+def test_another_assembly_is_refused(finished):
+    encoder = blueprint(model=EncoderOnly)
+    with pytest.raises(UserError, match="its model is EncoderDecoder, this run's EncoderOnly"):
+        restore_params(open_native(finished), encoder)
+    assert restore_params(open_native(finished), encoder, strict=False).left == []
 
 
 @pytest.mark.parametrize("changes", [{"dtype": "bfloat16"}, {"remat": "full"}, {"dropout_rate": 0.1}])

@@ -313,6 +313,16 @@ def test_goes_on_where_another_program_stopped(workspace, undisturbed):
     assert (run_dir / "phases.json").read_bytes() == (workspace / "goes_on" / "phases.json").read_bytes()
 
 
+def test_a_refused_start_leaves_the_directory_free(workspace):
+    run_dir = workspace / "second_try"
+    status, _, err = finish(workspace, run_dir, "--init_from=docs", "--gin.TRAIN_STEPS=2")
+    assert status == 2 and "--init_from=docs: no model there" in err
+    status, out, err = finish(workspace, run_dir, "--gin.TRAIN_STEPS=2")
+    assert status == 0, err
+    assert json.loads((run_dir / "run.json").read_text())["Run.init_from"] is None
+    assert json.loads((run_dir / "model.json").read_text())["facts"] == {}
+
+
 REFUSED = {
     "other_configuration": (["--gin.ModelConfig.mlp_dim=96"], r"ModelConfig.mlp_dim was 64, is 96"),
     "batch": (["--gin.BATCH_SIZE=9", "--gin.Run.accumulation_steps=2"], r"Run.batch_size = 9 does not divide"),
