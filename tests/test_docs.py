@@ -13,7 +13,9 @@ DOCS = ROOT / "docs"
 
 @pytest.fixture(scope="module")
 def script():
-    return runpy.run_path(str(DOCS / "make_figures.py"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(DOCS)  # where the script finds drawing.py
+        yield runpy.run_path(str(DOCS / "make_figures.py"))
 
 
 def test_pictures_and_tables_are_up_to_date(script, tmp_path):

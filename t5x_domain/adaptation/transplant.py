@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from t5x_domain.data.vocabulary import EOS_ID, PAD_ID, UNK_ID, ByteVocabulary, Vocabulary, write_atomically
+from t5x_domain.data.vocabulary import EOS_ID, PAD_ID, UNK_ID, ByteVocabulary, Vocabulary
 from t5x_domain.errors import UserError
+from t5x_domain.files import write_atomically
 
 INITS = ("mean", "random")
 _SPECIAL_IDS = (PAD_ID, EOS_ID, UNK_ID)

@@ -8,8 +8,9 @@ from typing import Any
 
 from etils import epath
 
-from t5x_domain.data.vocabulary import ByteVocabulary, Vocabulary, write_atomically
+from t5x_domain.data.vocabulary import ByteVocabulary, Vocabulary
 from t5x_domain.errors import UserError
+from t5x_domain.files import write_atomically
 from t5x_domain.models.assemblies import DecoderOnly, EncoderDecoder, EncoderOnly, LanguageModel
 from t5x_domain.models.config import ModelConfig
 

@@ -2,7 +2,9 @@
 
 import contextlib
 import functools
+import glob
 import os
+import platform
 import re
 import shutil
 import tempfile
@@ -31,8 +33,9 @@ def new_folder(target: str, flag: str) -> Iterator[Path]:
     """
     require_free(target, flag)
     final = Path(target).resolve()
-    partial = final.with_name(f".{final.name}.partial-{os.getpid()}")
-    for left in final.parent.glob(f".{final.name}.partial-*"):
+    mark = f".{final.name}.partial-{platform.node()}"  # a shared disk knows the processes of other machines, too
+    partial = final.with_name(f"{mark}-{os.getpid()}")
+    for left in final.parent.glob(f"{glob.escape(mark)}-*"):
         if not _is_running(left.name.rpartition("-")[2]):  # of a process that was killed
             shutil.rmtree(left, ignore_errors=True)
     try:
@@ -75,8 +78,8 @@ def _is_running(pid: str) -> bool:
         os.kill(int(pid), 0)
     except (ValueError, ProcessLookupError):
         return False
-    except PermissionError:
-        pass
+    except PermissionError:  # it runs, as somebody else's
+        return True
     return True
 
 

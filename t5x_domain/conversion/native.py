@@ -20,6 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 from etils import epath
+from flax import traverse_util
 
 from t5x_domain.conversion import stores
 from t5x_domain.conversion.checkpoint import Checkpoint, SecondMoments
@@ -81,19 +82,13 @@ def write_native(checkpoint: Checkpoint, folder: Path, *, home: str) -> None:
       folder: an empty folder.
       home: where the folder will be in the end, for the paths in model.gin.
     """
-    params: dict[str, Any] = {}
-    for leaf in leaves(checkpoint.model, checkpoint.config):
-        *parents, last = leaf.name.split("/")
-        node = params
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = _Unread.of(leaf, checkpoint.tensors)
-    chunks = {leaf: ocp.SaveArgs(shard_axes=(0,) if leaf.stacked else ()) for leaf in jax.tree.leaves(params)}
+    unread = {leaf.name: _Unread.of(leaf, checkpoint.tensors) for leaf in leaves(checkpoint.model, checkpoint.config)}
+    params = traverse_util.unflatten_dict(unread, sep="/")
+    save_args = jax.tree.map(lambda leaf: ocp.SaveArgs(shard_axes=(0,) if leaf.stacked else ()), params)
     writer = _Writer()
     registry = ocp.type_handlers.create_type_handler_registry((_Unread, writer))
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=registry)) as checkpointer:
-            save_args = jax.tree.map(lambda leaf: chunks[leaf], params)
             checkpointer.save((folder / "params").resolve(), args=ocp.args.PyTreeSave(params, save_args=save_args))
     finally:
         if writer.error is not None:  # the cause of what Orbax may have said of the folder

@@ -9,7 +9,6 @@ import functools
 import hashlib
 import io
 import itertools
-import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ import gin
 import numpy as np
 
 from t5x_domain.errors import UserError
+from t5x_domain.files import write_atomically
 
 PAD_ID, EOS_ID, UNK_ID = 0, 1, 2
 _NUM_SPECIAL_IDS = 3
@@ -286,14 +286,3 @@ def _vocabulary_size_message(vocab_size: int, error: str) -> str:
     if smallest := re.search(r"smaller than required_chars\. \d+ vs (\d+)", error):
         return f"vocabulary_size={vocab_size} is too small: the corpus needs at least {smallest[1]} pieces."
     return f"SentencePiece could not train a vocabulary of {vocab_size} pieces: {' '.join(error.split())}"
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    with open(partial, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)

@@ -3,7 +3,6 @@
 import html
 import itertools
 import json
-import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,13 +11,14 @@ from typing import Any
 from t5x_domain.errors import UserError
 from t5x_domain.evaluation.figures import INK, figures
 from t5x_domain.evaluation.fill import Blank, Filled
+from t5x_domain.files import write_atomically
 from t5x_domain.training.metrics import read_json_lines
 
 # Middle tones, which stand out from white and from black paper alike.
 _COLOURS = ("#3b82c4", "#d9762b", "#2a9d78", "#a86bc4", "#c9485b", "#a08a1f", "#2f9fb3", "#8a6f5c")
 
 
-def write_report(run_dir: str | os.PathLike[str], *, filled: Sequence[Filled] = ()) -> Path:
+def write_report(run_dir: str | Path, *, filled: Sequence[Filled] = ()) -> Path:
     """Writes `run_dir`/report.html, whole or not at all, from the files that a finished run leaves there.
 
     Args:
@@ -38,9 +38,7 @@ def write_report(run_dir: str | os.PathLike[str], *, filled: Sequence[Filled] = 
     phases = _read(folder / "phases.json", lambda path: json.loads(path.read_text(encoding="utf-8")))
     config = _read(folder / "config.gin", lambda path: path.read_text(encoding="utf-8"))
     page = _page(folder.name, summary, metrics, evaluations, phases, config, filled)
-    partial = folder / "report.partial"
-    partial.write_text(page, encoding="utf-8")
-    os.replace(partial, folder / "report.html")
+    write_atomically(folder / "report.html", page.encode())
     return folder / "report.html"
 
 

@@ -8,7 +8,7 @@ import jax
 from t5x_domain.conversion.folders import require_free
 from t5x_domain.conversion.formats import write_checkpoint
 from t5x_domain.conversion.native import open_native
-from t5x_domain.data.vocabulary import write_atomically
+from t5x_domain.files import write_atomically
 from t5x_domain.training.run import Run
 
 _FLAG = "--export_on_finish"

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import os
 import signal
 import threading
 import time
@@ -20,6 +19,7 @@ from t5x_domain.conversion.native import open_native
 from t5x_domain.data.curriculum import learning_rate
 from t5x_domain.data.tasks import Component
 from t5x_domain.errors import UserError
+from t5x_domain.files import write_atomically
 from t5x_domain.models.names import path_name
 from t5x_domain.training.checkpoint import Checkpoints
 from t5x_domain.training.export import export, require_free_export
@@ -245,7 +245,7 @@ def summarise(run_dir: Path, feed: Feed) -> None:
         "before": {"step": before["step"], **before["corpora"]},
         "after": {"step": after["step"], **after["corpora"]},
     }
-    _write_json(run_dir / "eval.json", summary)
+    write_atomically(run_dir / "eval.json", json.dumps(summary, indent=1).encode())
     lines = read_json_lines(run_dir / "metrics.jsonl")
     phases = []
     for name, (start, stop) in zip(feed.batches.names, feed.batches.spans, strict=True):
@@ -255,10 +255,4 @@ def summarise(run_dir: Path, feed: Feed) -> None:
                 raw_tokens[component] = raw_tokens.get(component, 0) + count
         total = sum(raw_tokens.values())
         phases.append({"name": name, "start": start, "stop": stop, "raw_tokens": total, **feed.shares(raw_tokens)})
-    _write_json(run_dir / "phases.json", phases)
-
-
-def _write_json(path: Path, value: Any) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=1), encoding="utf-8")
-    os.replace(partial, path)
+    write_atomically(run_dir / "phases.json", json.dumps(phases, indent=1).encode())

@@ -12,8 +12,8 @@ from t5x_domain.conversion.description import DESCRIPTION, describe
 from t5x_domain.conversion.huggingface import require_exportable
 from t5x_domain.data.curriculum import Phase
 from t5x_domain.data.tasks import Mixture
-from t5x_domain.data.vocabulary import write_atomically
 from t5x_domain.errors import UserError
+from t5x_domain.files import write_atomically
 from t5x_domain.models.assemblies import DecoderOnly, LanguageModel
 from t5x_domain.models.config import ModelConfig
 from t5x_domain.objectives.losses import language_model_loss

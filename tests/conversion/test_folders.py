@@ -1,6 +1,7 @@
 import dataclasses
 import errno
 import os
+import platform
 import resource
 import signal
 import subprocess
@@ -171,7 +172,7 @@ def test_killed(tmp_path, format_name):
 def test_what_a_killed_process_has_left_is_removed(tmp_path):
     dead = subprocess.Popen(["true"])
     dead.wait()
-    left, running = (tmp_path / f".model.partial-{pid}" for pid in (dead.pid, os.getppid()))
+    left, running = (tmp_path / f".model.partial-{platform.node()}-{pid}" for pid in (dead.pid, os.getppid()))
     for folder in (left, running):
         folder.mkdir()
     with new_folder(str(tmp_path / "model"), "--to") as folder:

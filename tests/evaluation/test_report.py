@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from t5x_domain.errors import UserError
-from t5x_domain.evaluation import figures, report
+from t5x_domain.evaluation import figures
 from t5x_domain.evaluation.fill import Blank, Filled
 from t5x_domain.evaluation.report import write_report
 
@@ -223,7 +223,7 @@ def test_complete_or_absent(run_dir, monkeypatch):
     def fail(*_):
         raise OSError("no space")
 
-    monkeypatch.setattr(report.os, "replace", fail)
+    monkeypatch.setattr("os.fsync", fail)
     with pytest.raises(OSError, match="no space"):
         write_report(run_dir, filled=[FILLED])
     assert (run_dir / "report.html").read_text() == written

@@ -1,0 +1,20 @@
+import os
+
+import pytest
+
+from t5x_domain.files import write_atomically
+
+
+def test_a_file_is_whole_or_what_it_was(tmp_path, monkeypatch):
+    path = tmp_path / "new folder" / "file"
+    write_atomically(path, b"first")
+    assert path.read_bytes() == b"first"
+
+    def full(_):
+        raise OSError("no space")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="no space"):
+        write_atomically(path, b"second")
+    assert path.read_bytes() == b"first"
+    assert os.listdir(path.parent) == ["file"]
