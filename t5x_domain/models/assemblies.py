@@ -41,7 +41,8 @@ class LanguageModel(nnx.Module):
         cap = self.config.final_logit_softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
-    def _embed(self, tokens: jax.Array) -> jax.Array:
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        """[B, T] int32 -> [B, T, embed_dim]."""
         return constrain(self.embedding(tokens), "batch", "length", "embed_activation")
 
 
@@ -82,10 +83,10 @@ class EncoderDecoder(LanguageModel):
         """
         rngs = (None, None) if rng is None else jax.random.split(rng)
         memory = self.encoder(
-            self._embed(encoder_input_tokens), segment_ids=encoder_segment_ids, positions=encoder_positions, rng=rngs[0]
+            self.embed(encoder_input_tokens), segment_ids=encoder_segment_ids, positions=encoder_positions, rng=rngs[0]
         )
         return self.decoder(
-            self._embed(decoder_input_tokens),
+            self.embed(decoder_input_tokens),
             segment_ids=decoder_segment_ids,
             positions=decoder_positions,
             memory=memory,
@@ -117,7 +118,7 @@ class DecoderOnly(LanguageModel):
     ) -> jax.Array:
         """Hidden states [B, T, embed_dim]; all other arguments are [B, T] int32."""
         return self.decoder(
-            self._embed(decoder_input_tokens),
+            self.embed(decoder_input_tokens),
             segment_ids=decoder_segment_ids,
             positions=decoder_positions,
             prefix=decoder_prefix,
@@ -147,7 +148,7 @@ class EncoderOnly(LanguageModel):
     ) -> jax.Array:
         """Hidden states [B, S, embed_dim]; all other arguments are [B, S] int32."""
         return self.encoder(
-            self._embed(encoder_input_tokens), segment_ids=encoder_segment_ids, positions=encoder_positions, rng=rng
+            self.embed(encoder_input_tokens), segment_ids=encoder_segment_ids, positions=encoder_positions, rng=rng
         )
 
 

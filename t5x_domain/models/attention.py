@@ -68,18 +68,12 @@ class Attention(nnx.Module):
         Returns:
           [B, T, embed_dim].
         """
-        config = self.config
-        source = x if memory is None else memory
-        q = self._heads(self.query(x), config.num_heads)
-        k = self._heads(self.key(source), config.kv_heads)
-        v = self._heads(self.value(source), config.kv_heads)
-        if config.qk_norm:
-            q, k = self.query_norm(q), self.key_norm(k)
-        if config.position == "rope" and memory is None:
-            base = config.rope_base_local if self.local else config.rope_base
-            positions = jnp.arange(x.shape[1])[None] if positions is None else positions
-            q, k = rotate(q, positions, base), rotate(k, positions, base)
-        window = (config.local_window, config.local_window) if self.local and memory is None else None
+        rotation = None
+        if memory is None:
+            rotation = jnp.arange(x.shape[1])[None] if positions is None else positions
+        q = self.queries(x, rotation)
+        k, v = self.keys_values(x if memory is None else memory, rotation)
+        window = None if memory is not None else self.window
         out = attention(
             q,
             k,
@@ -88,10 +82,43 @@ class Attention(nnx.Module):
             relative_bias=relative_bias,
             segment_ids=segment_ids,
             prefix=prefix,
-            scale=1.0 if config.attention_scale == "none" else config.head_dim**-0.5,
-            softcap=config.attention_softcap,
+            scale=self.scale,
+            softcap=self.config.attention_softcap,
         )
-        return self.out(out.reshape(*x.shape[:2], -1))
+        return self.output(out)
+
+    @property
+    def scale(self) -> float:
+        """Factor of the logits."""
+        return 1.0 if self.config.attention_scale == "none" else self.config.head_dim**-0.5
+
+    @property
+    def window(self) -> tuple[int, int] | None:
+        """Of a local layer: positions that a query sees before and after itself."""
+        return (self.config.local_window, self.config.local_window) if self.local else None
+
+    def queries(self, x: jax.Array, positions: jax.Array | None) -> jax.Array:
+        """[B, T, embed_dim] -> [B, T, num_heads, head_dim], rotated to `positions` [B, T]; None for cross-attention."""
+        q = self._heads(self.query(x), self.config.num_heads)
+        if self.query_norm is not None:
+            q = self.query_norm(q)
+        return self._rotate(q, positions)
+
+    def keys_values(self, x: jax.Array, positions: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        """[B, S, embed_dim] -> two of [B, S, kv_heads, head_dim]; `positions` as of `queries`."""
+        k = self._heads(self.key(x), self.config.kv_heads)
+        if self.key_norm is not None:
+            k = self.key_norm(k)
+        return self._rotate(k, positions), self._heads(self.value(x), self.config.kv_heads)
+
+    def output(self, x: jax.Array) -> jax.Array:
+        """[B, T, num_heads, head_dim] -> [B, T, embed_dim]."""
+        return self.out(x.reshape(*x.shape[:2], -1))
+
+    def _rotate(self, x: jax.Array, positions: jax.Array | None) -> jax.Array:
+        if self.config.position != "rope" or positions is None:
+            return x
+        return rotate(x, positions, self.config.rope_base_local if self.local else self.config.rope_base)
 
     def _heads(self, x: jax.Array, heads: int) -> jax.Array:
         """[B, T, H * D] -> [B, T, H, D]."""

@@ -31,7 +31,10 @@ class SubLayer(nnx.Module):
 
     def __call__(self, x: jax.Array, rng: jax.Array | None, /, **inputs: Any) -> jax.Array:
         """x + dropout(inner(norm(x)))."""
-        y = self.inner(self.norm(x), **inputs)
+        return self.add(x, self.inner(self.norm(x), **inputs), rng)
+
+    def add(self, x: jax.Array, y: jax.Array, rng: jax.Array | None = None) -> jax.Array:
+        """x + dropout(y), where y is what `inner` made of norm(x)."""
         if self.post_norm is not None:
             y = self.post_norm(y)
         return constrain(x + dropout(y, self.dropout_rate, rng), "batch", "length", "embed_activation")

@@ -7,7 +7,7 @@ import gin
 import jax
 import jax.numpy as jnp
 
-from t5x_domain.kernels.cross_entropy import cross_entropy
+from t5x_domain.kernels.cross_entropy import TokenScores, cross_entropy
 
 Batch = Mapping[str, jax.Array]
 
@@ -36,19 +36,8 @@ def language_model_loss(
       The sum to differentiate (float32 scalar), and sums to report: `weight` (number of targets), `nll` (nats),
       `correct`, and `component_nll`, `component_weight` of shape [num_components].
     """
-    features = {name: batch[name] for name in model.inputs if name in batch}
-    hidden = model(**features, rng=rng)
     weights = batch["decoder_loss_weights"]
-    loss, scores = cross_entropy(
-        hidden,
-        model.embedding.output_kernel,
-        batch["decoder_target_tokens"],
-        weights,
-        z_loss=z_loss,
-        label_smoothing=label_smoothing,
-        logit_scale=model.logit_scale,
-        softcap=model.config.final_logit_softcap,
-    )
+    loss, scores = token_scores(model, batch, rng, z_loss=z_loss, label_smoothing=label_smoothing)
     nll = scores.nll * weights
     component = jax.nn.one_hot(batch["component_ids"], num_components, dtype=jnp.float32)
     return loss, {
@@ -58,3 +47,26 @@ def language_model_loss(
         "component_nll": jnp.einsum("bt,btc->c", nll, component),
         "component_weight": jnp.einsum("bt,btc->c", weights, component),
     }
+
+
+def token_scores(
+    model: Any, batch: Batch, rng: jax.Array | None = None, **options: float
+) -> tuple[jax.Array, TokenScores]:
+    """The weighted sum of cross-entropies of `decoder_target_tokens`, and the scores of each.
+
+    Args:
+      model: an assembly of `models`; it is called with the features it names in `inputs`.
+      batch: features [B, T].
+      rng: key for dropout; None for none.
+      **options: see `kernels.cross_entropy`.
+    """
+    features = {name: batch[name] for name in model.inputs if name in batch}
+    return cross_entropy(
+        model(**features, rng=rng),
+        model.embedding.output_kernel,
+        batch["decoder_target_tokens"],
+        batch["decoder_loss_weights"],
+        logit_scale=model.logit_scale,
+        softcap=model.config.final_logit_softcap,
+        **options,
+    )
