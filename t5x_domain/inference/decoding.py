@@ -31,7 +31,7 @@ class Decoding:
       temperature: 0 takes the likeliest token; above, logits are divided by it and tokens drawn.
       top_k: draw from the k likeliest tokens only (Fan et al. 2018, section 5.4).
       top_p: draw from the likeliest tokens that together have this probability (Holtzman et al. 2020, section 3.1).
-      min_p: draw from tokens with at least this share of the likeliest one's probability (Nguyen et al. 2025, section 3).
+      min_p: draw from tokens with at least this share of the likeliest one's probability (Nguyen et al. 2025).
       seed: of what is drawn; each input and output has its own stream, whatever else is in its batch.
     """
 
@@ -75,7 +75,7 @@ class Decoding:
 
 
 class Written(NamedTuple):
-    """tokens [B, n, T] int32, padded with 0 after EOS, and scores [B, n] float32, nats; see `Decoding.length_penalty`."""
+    """tokens [B, n, T] int32, 0 after EOS, and scores [B, n] float32, nats; see `Decoding.length_penalty`."""
 
     tokens: jax.Array
     scores: jax.Array
