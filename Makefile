@@ -45,13 +45,15 @@ studies: setup
 
 setup: $(READY)
 
+# The constraints hold for what builds packages, too: seqeval comes as source, and its setuptools_scm must be one of
+# those that stand alone. Which of the two variables is read depends on the version of pip.
 $(READY): setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12))' || { \
 	  echo "t5x_domain needs Python 3.12 or newer, but '$(PYTHON)' is $$($(PYTHON) --version 2>&1 | cut -d' ' -f2)." \
 	       "Install one and run: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV) (about two minutes) ..."
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
 clean:

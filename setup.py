@@ -42,6 +42,11 @@ setup(
         "tensorboardX>=2.6,<3",
         "matplotlib>=3.9",
         "tqdm>=4.66",
+        "scipy>=1.13",
+        "scikit-learn>=1.5",
+        "rouge-score>=0.1.2",
+        "sacrebleu>=2.4",
+        "seqeval>=1.2.2",
     ],
     extras_require={
         "tpu": ["jax[tpu]>=0.11.2,<0.13"],

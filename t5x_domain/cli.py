@@ -17,6 +17,9 @@ VERBS = {
     "prepare": "train a vocabulary and tokenise corpora into the token cache",
     "train": "train a model from a prepared token cache",
     "evaluate": "perplexity and bits per byte of a checkpoint, by corpus",
+    "infer": "what a model writes for inputs, or which answer it chooses",
+    "finetune": "fine-tune a model on a labelled task, over several seeds",
+    "compare": "a domain model against its base: verdict.json and report.html",
     "convert": "take a model from Hugging Face or T5X, or to Hugging Face",
     "demo": "prepare, train and evaluate on the shipped sample",
 }

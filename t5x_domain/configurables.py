@@ -1,6 +1,7 @@
 """Imports everything that a gin file may name, so that the names are known before the file is read."""
 
 from t5x_domain.data import curriculum, loader, mixtures, preparation, sources, tasks, vocabulary  # noqa: F401
+from t5x_domain.inference import decoding  # noqa: F401
 from t5x_domain.models import assemblies, config  # noqa: F401
 from t5x_domain.objectives import language_modeling, losses, prefix, span_corruption  # noqa: F401
 from t5x_domain.parallel import mesh  # noqa: F401

@@ -108,9 +108,9 @@ def compare(
     repeated sentinels, sentinels that `inputs` has not, and tokens before the first one are left out.
     """
     head, *rest = _split_at_sentinels(inputs[:-1], vocabulary)
-    originals = _spans(targets[:-1], vocabulary)
+    originals = spans(targets[:-1], vocabulary)
     num_written = np.flatnonzero(np.append(written, vocabulary.eos_id) == vocabulary.eos_id)[0]
-    guesses = _spans(written[:num_written], vocabulary)
+    guesses = spans(written[:num_written], vocabulary)
 
     document = list(head[1])
     blanks_at = []  # (sentinel, first token, token after the last) in the document
@@ -154,7 +154,8 @@ def _split_at_sentinels(
     return parts
 
 
-def _spans(tokens: np.ndarray, vocabulary: Vocabulary | ByteVocabulary) -> dict[int | None, list[int]]:
+def spans(tokens: np.ndarray, vocabulary: Vocabulary | ByteVocabulary) -> dict[int | None, list[int]]:
+    """What was written after each sentinel, int32 [n] -> {sentinel: ids}; None for what stands before the first."""
     # Backwards, so that the first of repeated sentinels stays.
     return dict(reversed(_split_at_sentinels(tokens, vocabulary)))
 

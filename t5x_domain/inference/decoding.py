@@ -108,7 +108,7 @@ def decode_rows(
     def choose(state: _Row, logits: jax.Array) -> _Row:
         logits = _only_tokens(jax.nn.log_softmax(logits), vocab_size)
         if decoding.temperature == 0:
-            chosen = logits.argmax(axis=-1)
+            chosen = jax.lax.top_k(logits, 1)[1][:, 0]  # argmax, which XLA makes five times slower on a CPU
         else:
             keys = jax.vmap(jax.random.fold_in, (0, None))(streams, state.length)
             chosen = jax.vmap(jax.random.categorical)(keys, truncated(logits, decoding))

@@ -56,6 +56,22 @@ class Scorer:
             scores[chosen, 1] = [len(targets[i]) for i in chosen]
         return scores
 
+    def choose(self, inputs: Sequence[np.ndarray], choices: Sequence[str], *, normalize: bool = True) -> np.ndarray:
+        """Scores of every choice as the answer to every input (rank classification: Brown et al. 2020, section 2.4).
+
+        Args:
+          inputs: ids as `Opened.inputs` makes them.
+          choices: answers.
+          normalize: log-probability by token instead of in all, so that long answers are not at a disadvantage.
+
+        Returns:
+          [len(inputs), len(choices)] float64, nats.
+        """
+        answers = [self._model.targets(choice) for choice in choices]
+        scores = self([i for i in inputs for _ in answers], answers * len(inputs))
+        scores = scores[:, 0] / (scores[:, 1] if normalize else 1.0)
+        return scores.reshape(len(inputs), len(choices))
+
     def _batch(self, inputs: Sequence[np.ndarray], targets: Sequence[np.ndarray]) -> dict[str, jax.Array]:
         lengths = {"inputs": row_length(inputs), "targets": row_length(targets)}
         if self._model.reads_whole_inputs:
@@ -76,6 +92,13 @@ class Scorer:
         return (scores.nll * batch["decoder_loss_weights"]).sum(axis=-1)
 
 
+def score_targets(
+    model: Opened, inputs: Sequence[np.ndarray], targets: Sequence[np.ndarray], *, batch_size: int = 8
+) -> np.ndarray:
+    """`Scorer` for one call: (log-probability in nats, tokens) of each target given its input, [n, 2] float64."""
+    return Scorer(model, batch_size=batch_size)(inputs, targets)
+
+
 def choose(
     model: Opened,
     inputs: Sequence[np.ndarray],
@@ -84,27 +107,5 @@ def choose(
     batch_size: int = 8,
     normalize: bool = True,
 ) -> np.ndarray:
-    """Scores of every choice as the answer to every input (rank classification: Brown et al. 2020, section 2.4).
-
-    Args:
-      model: the model asked.
-      inputs: ids as `Opened.inputs` makes them.
-      choices: answers.
-      batch_size: rows scored at once.
-      normalize: log-probability by token instead of in all, so that long answers are not at a disadvantage.
-
-    Returns:
-      [len(inputs), len(choices)] float64, nats.
-    """
-    answers = [model.targets(choice) for choice in choices]
-    pairs = [(i, answer) for i in inputs for answer in answers]
-    scores = Scorer(model, batch_size=batch_size)([i for i, _ in pairs], [answer for _, answer in pairs])
-    scores = scores[:, 0] / (scores[:, 1] if normalize else 1.0)
-    return scores.reshape(len(inputs), len(choices))
-
-
-def score_targets(
-    model: Opened, inputs: Sequence[np.ndarray], targets: Sequence[np.ndarray], *, batch_size: int = 8
-) -> np.ndarray:
-    """`Scorer` for one call: (log-probability in nats, tokens) of each target given its input, [n, 2] float64."""
-    return Scorer(model, batch_size=batch_size)(inputs, targets)
+    """`Scorer.choose` for one call."""
+    return Scorer(model, batch_size=batch_size).choose(inputs, choices, normalize=normalize)

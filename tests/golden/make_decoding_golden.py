@@ -30,7 +30,9 @@ def load(name: str, seed: int) -> hf.PreTrainedModel:
     return model
 
 
-def generate(model: hf.PreTrainedModel, prompts: list[list[int]], eos_id: int | None, **how) -> tuple[list, list | None]:
+def generate(
+    model: hf.PreTrainedModel, prompts: list[list[int]], eos_id: int | None, **how
+) -> tuple[list, list | None]:
     """Ids that are written for each prompt and, of a beam search, their scores."""
     whole = model.config.is_encoder_decoder
     prompts = prompts if whole else [[0, *prompt] for prompt in prompts]  # our decoders begin with id 0
@@ -66,9 +68,7 @@ def main() -> None:
             count = how["num_beams"]
             written, scores = generate(model, prompts, eos_id, num_return_sequences=count, **how)
             rows = [written[i : i + count] for i in range(0, len(written), count)]
-            cases[name]["beams"].append(
-                {**how, "tokens": rows, "scores": np.reshape(scores, (-1, count)).tolist()}
-            )
+            cases[name]["beams"].append({**how, "tokens": rows, "scores": np.reshape(scores, (-1, count)).tolist()})
     Path(__file__).with_name("decoding.json").write_text(json.dumps({"max_tokens": MAX_TOKENS, "cases": cases}) + "\n")
 
 

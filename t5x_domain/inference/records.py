@@ -1,0 +1,109 @@
+"""What is asked and what was answered, as JSON lines; an interrupted file goes on where it stopped."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from t5x_domain.data.lines import read_lines
+from t5x_domain.errors import UserError
+from t5x_domain.files import write_atomically
+
+
+class Request(NamedTuple):
+    """One input.
+
+    Attributes:
+      text: what the model reads.
+      fields: of its record; metadata templates name them, and they are written beside the answer.
+    """
+
+    text: str
+    fields: Mapping[str, Any]
+
+
+def read_requests(path: str, text_field: str) -> Iterator[Request]:
+    """Records of a JSONL file (.gz and .zst welcome), one JSON object a line.
+
+    Raises:
+      UserError: a line is no JSON object or has no text, named by its number.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"--input={path}: there is no such file; give JSON lines with a field '{text_field}'.")
+    for number, line in enumerate(read_lines(path), 1):
+        if not line.strip():
+            continue
+        try:
+            fields = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{path}, line {number}: not JSON ({error}); mend or remove the line.") from error
+        if not isinstance(fields, dict) or not isinstance(fields.get(text_field), str):
+            raise UserError(
+                f"{path}, line {number}: no text in a field '{text_field}'; name its field with --text_field."
+            )
+        yield Request(fields[text_field], fields)
+
+
+class Answers:
+    """Lines that are appended and kept; complete under its own name only when `finish` was called.
+
+    Until then they are in `<path>.partial`, whose first line says what was asked. The same command goes on after its
+    last whole line.
+    """
+
+    def __init__(self, path: str, asked: Mapping[str, Any]) -> None:
+        """Opens the answers to `asked`, which is plain JSON: the model, the inputs and how they are decoded.
+
+        Raises:
+          UserError: the file is complete already, belongs to something else, or cannot be written.
+        """
+        self._path, self._partial = Path(path), Path(f"{path}.partial")
+        header = {"asked": json.loads(json.dumps(asked, default=str))}
+        if self._path.exists():
+            raise UserError(f"--output={path}: exists and is complete; remove it or give another name.")
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            lines = self._whole_lines()
+            if lines and json.loads(lines[0]) != header:
+                before = json.loads(lines[0])["asked"]
+                changed = [key for key in {**before, **header["asked"]} if before.get(key) != header["asked"].get(key)]
+                raise UserError(
+                    f"{self._partial}: holds answers to another question ({', '.join(changed)} changed); remove it, or "
+                    "give another --output."
+                )
+            lines = lines or [json.dumps(header).encode()]
+            self.done = len(lines) - 1
+            write_atomically(self._partial, b"".join(line + b"\n" for line in lines))
+            self._file = open(self._partial, "ab")  # noqa: SIM115
+        except OSError as error:
+            raise UserError(f"--output={path}: {error.strerror}; give a file you may write.") from error
+
+    def _whole_lines(self) -> list[bytes]:
+        if not self._partial.exists():
+            return []
+        *lines, torn = self._partial.read_bytes().split(b"\n")
+        del torn  # what a killed process had begun to write
+        return lines
+
+    def add(self, answers: Iterable[Mapping[str, Any]]) -> None:
+        """Appends answers; when it returns they are on disk."""
+        for answer in answers:
+            self._file.write(json.dumps(answer, ensure_ascii=False).encode() + b"\n")
+            self.done += 1
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def finish(self) -> None:
+        """Gives the answers their name, without the line that says what was asked."""
+        self._file.close()
+        lines = self._whole_lines()[1:]
+        write_atomically(self._path, b"".join(line + b"\n" for line in lines))
+        self._partial.unlink()
+
+
+def fingerprint(path: str) -> str:
+    """SHA-256 (hex, 16 digits) of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]

@@ -1,0 +1,165 @@
+"""`infer` as a user runs it: files, interruptions, prompts and mistakes."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from small_models import random_checkpoint
+
+from t5x_domain import infer
+from t5x_domain.conversion.formats import write_checkpoint
+from t5x_domain.data.vocabulary import ByteVocabulary
+from t5x_domain.inference import generator as generator_module
+from t5x_domain.inference.interactive import converse, filled, with_blanks
+from t5x_domain.inference.opened import open_model
+from t5x_domain.models.assemblies import DecoderOnly, EncoderDecoder
+from t5x_domain.models.config import ModelConfig
+
+BYTES = ByteVocabulary(extra_ids=8)
+SHAPE = {"vocab_size": BYTES.vocab_size, "embed_dim": 8, "mlp_dim": 12, "num_heads": 2, "head_dim": 4}
+TEXTS = ["one", "two words", "a third line", "four"]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """An encoder-decoder whose layers are stacked, and a decoder alone."""
+    folder = tmp_path_factory.mktemp("models")
+    for name, kind, layers in (("both", EncoderDecoder, 2), ("decoder", DecoderOnly, 0)):
+        config = ModelConfig(**SHAPE, dtype="float32", num_encoder_layers=layers, num_decoder_layers=2)
+        checkpoint = random_checkpoint(kind, config, vocabulary=BYTES)
+        write_checkpoint(checkpoint, str(folder / name), "native")
+    return folder
+
+
+@pytest.fixture
+def asked(tmp_path):
+    file = tmp_path / "in.jsonl"
+    file.write_text("".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(TEXTS)))
+    return file
+
+
+def run(*flags) -> int:
+    with pytest.raises(SystemExit) as exit_:
+        infer.main([*map(str, flags), "--gin.Decoding.max_tokens=6"])
+    return exit_.value.code
+
+
+def answers(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_every_record_gets_its_answer(models, asked, tmp_path):
+    out = tmp_path / "out.jsonl"
+    assert run("--model", models / "both", "--input", asked, "--output", out, "--batch_size", 2) == 0
+    assert [(a["id"], a["text"]) for a in answers(out)] == list(enumerate(TEXTS))
+    assert all(len(a["outputs"]) == 1 and isinstance(a["outputs"][0]["score"], float) for a in answers(out))
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_an_interrupted_file_goes_on_to_the_same_answers(models, asked, tmp_path, monkeypatch):
+    flags = ["--model", models / "both", "--input", asked, "--batch_size", 1, "--gin.Decoding.temperature=1.0"]
+    whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
+    monkeypatch.setattr(infer, "_BATCHES_A_SAVE", 1)
+    assert run(*flags, "--output", whole) == 0
+
+    calls, answer = [], generator_module.Generator.__call__
+
+    def stops(self, inputs, *, first=0):
+        calls.append(first)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return answer(self, inputs, first=first)
+
+    monkeypatch.setattr(generator_module.Generator, "__call__", stops)
+    assert run(*flags, "--output", out) == 130
+    partial = tmp_path / "out.jsonl.partial"
+    assert not out.exists() and len(partial.read_text().splitlines()) == 1 + 2
+    partial.write_bytes(partial.read_bytes() + b'{"id": 2, "te')  # and a line was torn
+    assert run(*flags, "--output", out) == 0
+    assert out.read_bytes() == whole.read_bytes()
+    assert calls == [0, 1, 2, 2, 3]
+
+
+def test_a_choice_is_made_by_probability(models, asked, tmp_path):
+    out = tmp_path / "out.jsonl"
+    assert run("--model", models / "decoder", "--input", asked, "--output", out, "--choices", "yes|no|perhaps") == 0
+    for answer in answers(out):
+        assert answer["choice"] == max(answer["scores"], key=answer["scores"].get)
+        assert set(answer["scores"]) == {"yes", "no", "perhaps"}
+
+
+def test_metadata_and_mode_stand_before_the_input(models, asked, tmp_path):
+    plain, conditioned = tmp_path / "plain.jsonl", tmp_path / "conditioned.jsonl"
+    flags = ["--model", models / "both", "--input", asked, "--choices", "yes|no"]
+    assert run(*flags, "--output", plain) == 0
+    assert run(*flags, "--output", conditioned, "--metadata", "Id: {id}\\n", "--mode", "[S2S]") == 0
+    assert all(p["scores"] != c["scores"] for p, c in zip(answers(plain), answers(conditioned), strict=True))
+
+
+def test_blanks_become_sentinels_and_are_filled(models):
+    model = open_model(str(models / "both"))
+    ids = with_blanks(model, ["The ", " of Paris"], np.zeros(0, np.int32))
+    assert model.vocabulary.decode(ids) == "The <extra_id_0> of Paris"
+    assert ids[-1] == model.vocabulary.eos_id
+    written = np.concatenate([[model.vocabulary.sentinel_id(0)], model.vocabulary.encode(" city")])
+    assert filled(model, ["The ", " of Paris"], written) == "The [city] of Paris"
+    assert filled(model, ["The ", " of Paris"], written[:0]) == "The [] of Paris"
+
+
+def test_the_prompt_answers_until_it_is_left(models):
+    from t5x_domain.inference.decoding import Decoding
+    from t5x_domain.inference.generator import Generator
+
+    for name, says in (("both", ["x [", "hello"]), ("decoder", ["error: this model continues", "hello"])):
+        model = open_model(str(models / name))
+        generator = Generator(model, Decoding(max_tokens=4), batch_size=1)
+        said = []
+        converse(model, generator, np.zeros(0, np.int32), ["x ___ y", "", "hello", ":q", "never"], said.append)
+        assert len(said) == 2
+        assert said[0].startswith(says[0])
+        assert name == "both" or said[1].startswith(says[1])
+
+
+def test_a_scanned_and_an_unrolled_model_are_the_same(models):
+    model = open_model(str(models / "both"))
+    assert not model.blueprint.config.scan_layers
+    again = open_model(str(models / "both"), dtype="bfloat16")
+    assert again.blueprint.config.dtype == "bfloat16"
+    for a, b in zip(jax.tree.leaves(model.params), jax.tree.leaves(again.params), strict=True):
+        assert a.dtype == b.dtype == np.float32
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        ([], "give one of --input=FILE"),
+        (["--input", "IN"], "--output=FILE is missing"),
+        (["--input", "nothing.jsonl", "--output", "o"], "--input=nothing.jsonl: there is no such file"),
+        (["--input", "IN", "--output", "OUT", "--text_field", "body"], "line 1: no text in a field 'body'"),
+        (["--input", "IN", "--output", "OUT", "--choices", "yes"], "at least two different answers"),
+        (["--input", "IN", "--output", "OUT", "--metadata", "{date}"], "needs the fields date"),
+        (["--input", "IN", "--output", "OUT", "--split", "test"], "--split has no effect without --seqio_task"),
+        (["--interactive", "--output", "OUT"], "leave out --output"),
+        (["--input", "IN", "--output", "OUT", "--gin.Decoding.top_k=3"], "Decoding.top_k has no effect"),
+    ],
+)
+def test_mistakes_are_named(models, asked, tmp_path, capsys, flags, said):
+    names = {"IN": asked, "OUT": tmp_path / "out.jsonl"}
+    assert run("--model", models / "both", *(names.get(flag, flag) for flag in flags)) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_answers_are_never_mixed(models, asked, tmp_path, capsys):
+    out = tmp_path / "out.jsonl"
+    flags = ["--model", models / "both", "--input", asked, "--output", out, "--choices", "yes|no"]
+    assert run(*flags) == 0
+    assert run(*flags) == 2
+    assert "exists and is complete" in capsys.readouterr().err
+    shutil.move(out, tmp_path / "kept")
+    (tmp_path / "out.jsonl.partial").write_text(json.dumps({"asked": {"model": "another"}}) + "\n")
+    assert run(*flags) == 2
+    assert "holds answers to another question (model" in capsys.readouterr().err
