@@ -10,6 +10,7 @@ both wrote are compared.
 
 import argparse
 import dataclasses
+import itertools
 import json
 import statistics
 import subprocess
@@ -40,7 +41,10 @@ def definitions(vocabulary, count):
     source = JsonlSource(files={"test": SAMPLE}, split_field="split")
     texts = (document.text for document in source.documents("test"))
     eos = np.array([vocabulary.eos_id], np.int32)
-    return [np.append(vocabulary.encode(f"summarize: {text}")[:127], eos) for text, _ in zip(texts, range(count), strict=False)]
+    return [
+        np.append(vocabulary.encode(f"summarize: {text}")[:127], eos)
+        for text, _ in zip(texts, range(count), strict=False)
+    ]
 
 
 def ours(model, inputs, setting, repeats):

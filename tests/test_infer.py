@@ -9,17 +9,24 @@ import pytest
 from small_models import random_checkpoint
 
 from t5x_domain import infer
+from t5x_domain.conversion.check import rounding_bound
 from t5x_domain.conversion.formats import write_checkpoint
 from t5x_domain.data.vocabulary import ByteVocabulary
 from t5x_domain.inference import generator as generator_module
 from t5x_domain.inference.interactive import converse, filled, with_blanks
-from t5x_domain.inference.opened import open_model
+from t5x_domain.inference.opened import open_model, unrolled
 from t5x_domain.models.assemblies import DecoderOnly, EncoderDecoder
 from t5x_domain.models.config import ModelConfig
+from t5x_domain.parallel.mesh import MeshShape
+from t5x_domain.training.state import Blueprint
 
 BYTES = ByteVocabulary(extra_ids=8)
 SHAPE = {"vocab_size": BYTES.vocab_size, "embed_dim": 8, "mlp_dim": 12, "num_heads": 2, "head_dim": 4}
 TEXTS = ["one", "two words", "a third line", "four"]
+
+
+def mesh():
+    return MeshShape(data=1).build(jax.devices()[:1])
 
 
 @pytest.fixture(scope="module")
@@ -122,9 +129,26 @@ def test_the_prompt_answers_until_it_is_left(models):
         assert name == "both" or said[1].startswith(says[1])
 
 
-def test_a_scanned_and_an_unrolled_model_are_the_same(models):
+def test_a_model_is_opened_unrolled_with_all_its_parameters(models):
     model = open_model(str(models / "both"))
     assert not model.blueprint.config.scan_layers
+    scanned = Blueprint(
+        EncoderDecoder, ModelConfig(**SHAPE, dtype="float32", num_encoder_layers=2, num_decoder_layers=2), mesh()
+    )
+    stacked = scanned.init(0)
+    blueprint, params = unrolled(scanned, stacked)
+    assert jax.tree.structure(params) == jax.tree.structure(model.params)
+    for layer, block in params["encoder"]["rest"]["blocks"].items():
+        of_stack = jax.tree.map(lambda a: a[layer], stacked["encoder"]["layers"]["blocks"][0])  # noqa: B023
+        jax.tree.map(np.testing.assert_array_equal, block, of_stack)
+    tokens = np.array([[5, 9, 3]], np.int32)
+    hidden = [model.merge(p)(tokens, tokens) for model, p in ((scanned, stacked), (blueprint, params))]
+    # Another order of sums, in states of size 1.
+    np.testing.assert_allclose(hidden[0], hidden[1], rtol=0, atol=rounding_bound(scanned.config, 1.0))
+
+
+def test_parameters_stay_float32_whatever_the_products_are(models):
+    model = open_model(str(models / "both"))
     again = open_model(str(models / "both"), dtype="bfloat16")
     assert again.blueprint.config.dtype == "bfloat16"
     for a, b in zip(jax.tree.leaves(model.params), jax.tree.leaves(again.params), strict=True):

@@ -1,23 +1,18 @@
-"""What a model writes into the blanks of corrupted text: greedy decoding, set side by side with the original.
-
-For the few examples of a report: every new token runs the whole model again, there is no cache of keys and values.
-"""
+"""What a model writes into the blanks of corrupted text: greedy decoding, set side by side with the original."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
-from t5x_domain.data import packing
 from t5x_domain.data.tasks import AS_TRAINED, Component
 from t5x_domain.data.vocabulary import ByteVocabulary, Vocabulary
 from t5x_domain.errors import UserError
+from t5x_domain.inference.decoding import Decoding
+from t5x_domain.inference.generator import Generator
+from t5x_domain.inference.opened import Opened, unrolled
 from t5x_domain.objectives.prefix import NO_TOKENS, prefix_ids
-from t5x_domain.parallel.sharding import use_mesh
 from t5x_domain.training.feed import LAYOUTS
 from t5x_domain.training.state import Blueprint
 
@@ -90,12 +85,13 @@ def fill_spans(
         if asked.metadata is not None:
             asked.metadata.check_fields(set(), "")
         prefix = prefix_ids(vocabulary, metadata=asked.metadata, mode=asked.mode)
-    room = np.zeros(max_targets, np.int32)
-    rows = [packing.Example(example["inputs"], room, 0, prefix) for example in examples]
-    written = _generate(model_of, params, rows, vocabulary, max_targets)
+    # Examples have inputs, so a decoder alone was trained to see them whole.
+    model = Opened("the model", *unrolled(model_of, params), vocabulary, {"prefix_lm": ["span corruption"]})
+    generator = Generator(model, Decoding(max_tokens=max_targets), batch_size=len(examples))
+    written = generator([np.concatenate([prefix, example["inputs"]]).astype(np.int32) for example in examples])
     return [
-        compare(example["inputs"], example["targets"], tokens, vocabulary)
-        for example, tokens in zip(examples, written, strict=True)
+        compare(example["inputs"], example["targets"], outputs[0].tokens, vocabulary)
+        for example, outputs in zip(examples, written, strict=True)
     ]
 
 
@@ -163,42 +159,3 @@ def spans(tokens: np.ndarray, vocabulary: Vocabulary | ByteVocabulary) -> dict[i
 def _decode_prefix(tokens: Sequence[int], vocabulary: Vocabulary | ByteVocabulary) -> str:
     """Text of a document's first tokens; bytes that end within a character wait for the rest of it."""
     return vocabulary.decode(tokens).rstrip("\N{REPLACEMENT CHARACTER}")
-
-
-def _generate(
-    model_of: Blueprint,
-    params: Any,
-    examples: Sequence[packing.Example],
-    vocabulary: Vocabulary | ByteVocabulary,
-    max_targets: int,
-) -> np.ndarray:
-    """The likeliest token at each step, int32 [B, max_targets], padding after EOS. `targets` are room for it."""
-    # The layout of training.
-    longest = max(len(example.prefix) + len(example.inputs) for example in examples)
-    lengths = {"inputs": longest, "targets": max_targets}
-    batch = LAYOUTS[model_of.model_class].batch([[example] for example in examples], lengths)
-    features = {name: batch[name] for name in model_of.model_class.inputs if name in batch}
-    first = batch["decoder_loss_weights"].argmax(axis=1)
-    rows = np.arange(len(examples))
-
-    def decode(params: Any, features: dict[str, jax.Array]) -> jax.Array:
-        def more(state: tuple[jax.Array, ...]) -> jax.Array:
-            step, _, _, done = state
-            return (step < max_targets) & ~done.all()
-
-        def write(state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-            step, decoder_input, written, done = state
-            model = model_of.merge(params)
-            hidden = model(**{**features, "decoder_input_tokens": decoder_input})[rows, first + step]
-            # An embedding table may have more rows than the vocabulary has ids.
-            logits = model.logits(hidden[:, None])[:, 0, : vocabulary.vocab_size]
-            token = jnp.where(done, vocabulary.pad_id, logits.argmax(axis=-1)).astype(jnp.int32)
-            decoder_input = decoder_input.at[rows, first + step + 1].set(token, mode="drop")
-            return step + 1, decoder_input, written.at[:, step].set(token), done | (token == vocabulary.eos_id)
-
-        start = (0, features["decoder_input_tokens"], jnp.zeros((len(rows), max_targets), jnp.int32), rows < 0)
-        with use_mesh(model_of.mesh):
-            return jax.lax.while_loop(more, write, start)[2]
-
-    whole = NamedSharding(model_of.mesh, PartitionSpec())  # every process reads all of it
-    return np.asarray(jax.jit(decode, in_shardings=(model_of.shardings, None), out_shardings=whole)(params, features))

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from t5x_domain.conversion.formats import open_checkpoint
+from t5x_domain.conversion.layout import leaves
 from t5x_domain.data.vocabulary import ByteVocabulary, Vocabulary
 from t5x_domain.errors import UserError
 from t5x_domain.models.assemblies import DecoderOnly
@@ -51,6 +52,26 @@ class Opened:
         return np.append(self.vocabulary.encode(text), self.vocabulary.eos_id).astype(np.int32)
 
 
+def unrolled(blueprint: Blueprint, params: Any) -> tuple[Blueprint, Any]:
+    """The same model with a parameter for each layer and no dropout, as decoding takes it.
+
+    A step of decoding then reads each kernel where it lies instead of slicing it out of a stack.
+    """
+    config = dataclasses.replace(blueprint.config, scan_layers=False, remat="none", dropout_rate=0.0)
+    target = Blueprint(blueprint.model_class, config, blueprint.mesh)
+    source_leaves = {leaf.name: leaf for leaf in leaves(blueprint.model_class, blueprint.config)}
+    target_parts = {leaf.name: leaf.parts[0] for leaf in leaves(blueprint.model_class, config)}
+
+    def split(params: Any) -> Any:
+        parts = {}
+        for path, value in jax.tree_util.tree_flatten_with_path(params)[0]:
+            leaf = source_leaves[path_name(path)]
+            parts |= dict(zip(leaf.parts, value if leaf.stacked else [value], strict=True))
+        return jax.tree_util.tree_map_with_path(lambda path, _: parts[target_parts[path_name(path)]], target.shapes)
+
+    return target, jax.jit(split, in_shardings=(blueprint.shardings,), out_shardings=target.shardings)(params)
+
+
 def open_model(path: str, *, flag: str = "--model", mesh: MeshShape = MeshShape(), dtype: str | None = None) -> Opened:
     """Opens a run, a converted folder, a Hugging Face folder or a T5X checkpoint.
 
@@ -71,7 +92,7 @@ def open_model(path: str, *, flag: str = "--model", mesh: MeshShape = MeshShape(
         )
     if dtype is None:
         dtype = "float32" if jax.default_backend() == "cpu" else checkpoint.config.dtype
-    # Unrolled, so that a step of decoding reads each kernel where it lies instead of slicing it out of a stack.
+    # As `unrolled` makes it.
     config = dataclasses.replace(checkpoint.config, scan_layers=False, remat="none", dropout_rate=0.0, dtype=dtype)
     blueprint = Blueprint(checkpoint.model, config, mesh.build())
     found = restore_params(checkpoint, blueprint, include=[".*"], strict=True).params

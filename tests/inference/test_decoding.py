@@ -45,7 +45,9 @@ def test_tokens_are_drawn_as_often_as_they_are_likely(temperature):
     decoding = Decoding(max_tokens=1, temperature=temperature, num_outputs=1)
     streams = jax.random.split(jax.random.key(5), rows)
     logits = jnp.repeat(LOGITS, rows, axis=0)
-    written = decode_rows(lambda tokens, cache: (logits, cache), logits, (), decoding, eos_id=9, vocab_size=4, streams=streams)
+    written = decode_rows(
+        lambda tokens, cache: (logits, cache), logits, (), decoding, eos_id=9, vocab_size=4, streams=streams
+    )
     counts = np.bincount(np.asarray(written.tokens).reshape(-1), minlength=4)
     weights = np.array([0.4, 0.3, 0.2, 0.1]) ** (1 / temperature)
     assert stats.chisquare(counts, rows * weights / weights.sum()).pvalue > 1e-4
