@@ -11,6 +11,7 @@ from typing import Any
 
 import gin
 import jax
+import numpy as np
 import optax
 
 from t5x_domain.errors import UserError
@@ -121,8 +122,13 @@ class Updates:
     no_weight_decay: Sequence[str] = ("scale$", "relative_bias")
     freeze: Sequence[str] = ()
 
-    def build(self, axes: Tree) -> optax.GradientTransformation:
+    def build(self, axes: Tree, multipliers: Tree | None = None) -> optax.GradientTransformation:
         """The optax transformation for parameters with these axis names.
+
+        Args:
+          axes: names of the axes of every parameter.
+          multipliers: factors of the finished updates, see training/layerwise.py; a parameter whose factors are all 0
+            is frozen. None for 1.
 
         Raises:
           UserError: a pattern of `freeze` matches no parameter.
@@ -135,18 +141,31 @@ class Updates:
             steps.append(optax.add_decayed_weights(self.weight_decay, decays))
         steps.append(optax.scale_by_learning_rate(self.schedule))
         transform = optax.chain(*steps)
-        if not self.freeze:
+        frozen = self.frozen(axes, multipliers)
+        if any(jax.tree.leaves(frozen)):
+            labels = jax.tree.map(lambda is_frozen: "frozen" if is_frozen else "learning", frozen)
+            transform = optax.partition({"frozen": optax.set_to_zero(), "learning": transform}, labels)
+        if multipliers is None:
             return transform
+        # After the optimizer, for Adam and Adafactor undo whatever scale their gradients have.
+        multiply = optax.stateless(lambda updates, _: jax.tree.map(lambda u, m: u * m, updates, multipliers))
+        return optax.chain(transform, multiply)
+
+    def frozen(self, axes: Tree, multipliers: Tree | None = None) -> Tree:
+        """True for every parameter that does not learn; the arguments are those of `build`, as are the errors."""
+        params = jax.tree.map(lambda names: 0, axes, is_leaf=_is_axes)
         for pattern in self.freeze:
             if not any(jax.tree.leaves(path_mask(params, [pattern]))):
                 names = [path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
                 raise UserError(f"Updates.freeze: {pattern!r} matches no parameter; there are {', '.join(names)}.")
-        labels = jax.tree.map(lambda m: "frozen" if m else "learning", path_mask(params, self.freeze))
-        return optax.partition({"frozen": optax.set_to_zero(), "learning": transform}, labels)
+        frozen = path_mask(params, self.freeze)
+        if multipliers is None:
+            return frozen
+        return jax.tree.map(lambda named, factors: named or not np.any(factors), frozen, multipliers)
 
 
 def _is_axes(names: Any) -> bool:
-    return isinstance(names, tuple) and all(isinstance(name, str) for name in names)
+    return isinstance(names, tuple) and all(isinstance(name, str | None) for name in names)
 
 
 def _each_layer(transform: optax.GradientTransformation, axes: Tree) -> optax.GradientTransformation:
@@ -156,8 +175,12 @@ def _each_layer(transform: optax.GradientTransformation, axes: Tree) -> optax.Gr
     stacks = set(jax.tree.leaves(labels)) - {"single"}
     if not stacks:
         return transform
-    over_layers = optax.GradientTransformation(
-        init=jax.vmap(transform.init),
-        update=jax.vmap(transform.update, in_axes=(0, 0, 0)),
-    )
+
+    def update(updates: Tree, state: Tree, params: Tree) -> tuple[Tree, Tree]:
+        if not jax.tree.leaves(updates):  # all are frozen, and nothing is left that vmap could count
+            return updates, state
+        return jax.vmap(transform.update)(updates, state, params)
+
+    init = lambda params: jax.vmap(transform.init)(params) if jax.tree.leaves(params) else ()  # noqa: E731
+    over_layers = optax.GradientTransformation(init, update)
     return optax.partition(dict.fromkeys(sorted(stacks), over_layers) | {"single": transform}, labels)
