@@ -12,7 +12,9 @@ import numpy as np
 INK = "#010203"
 
 
-class _Curve(NamedTuple):
+class Curve(NamedTuple):
+    """A line of a figure; values that are None leave a gap."""
+
     colour: str
     steps: Sequence[int]
     values: Sequence[float | None]
@@ -29,16 +31,16 @@ def figures(
       colours: of what is scored: corpora, or components where a corpus is scored with several objectives.
     """
 
-    def logged(key: str) -> _Curve:
-        return _Curve(INK, [line["step"] for line in metrics], [line[key] for line in metrics])
+    def logged(key: str) -> Curve:
+        return Curve(INK, [line["step"] for line in metrics], [line[key] for line in metrics])
 
     steps = [line["step"] for line in metrics]
     by_corpus = [
-        _Curve(colour, steps, [line["corpus_loss"].get(corpus) for line in metrics])
+        Curve(colour, steps, [line["corpus_loss"].get(corpus) for line in metrics])
         for corpus, colour in colours.items()
     ]
     held_out = [
-        _Curve(
+        Curve(
             colour,
             [line["step"] for line in evaluations],
             [line["corpora"][corpus]["perplexity"] for line in evaluations],
@@ -50,18 +52,18 @@ def figures(
     rate = [logged("tokens_per_second")]
     return "\n".join(
         [
-            _figure("Training loss", "nats per target; light: as logged, strong: moving average", loss, smooth=True),
-            _figure("Held-out perplexity", "logarithmic scale", held_out, log=True, markers=True),
-            _figure("Learning rate", "of each update", [logged("learning_rate")], zero=True),
-            _figure("Throughput", "tokens per second, padding left out", rate, smooth=True, zero=True),
+            figure_of("Training loss", "nats per target; light: as logged, strong: moving average", loss, smooth=True),
+            figure_of("Held-out perplexity", "logarithmic scale", held_out, log=True, markers=True),
+            figure_of("Learning rate", "of each update", [logged("learning_rate")], zero=True),
+            figure_of("Throughput", "tokens per second, padding left out", rate, smooth=True, zero=True),
         ]
     )
 
 
-def _figure(
+def figure_of(
     title: str,
     caption: str,
-    curves: Sequence[_Curve],
+    curves: Sequence[Curve],
     *,
     smooth: bool = False,
     log: bool = False,

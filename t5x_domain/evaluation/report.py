@@ -15,7 +15,7 @@ from t5x_domain.files import write_atomically
 from t5x_domain.training.metrics import read_json_lines
 
 # Middle tones, which stand out from white and from black paper alike.
-_COLOURS = ("#3b82c4", "#d9762b", "#2a9d78", "#a86bc4", "#c9485b", "#a08a1f", "#2f9fb3", "#8a6f5c")
+PALETTE = ("#3b82c4", "#d9762b", "#2a9d78", "#a86bc4", "#c9485b", "#a08a1f", "#2f9fb3", "#8a6f5c")
 
 
 def write_report(run_dir: str | Path, *, filled: Sequence[Filled] = ()) -> Path:
@@ -64,14 +64,14 @@ def _page(
 ) -> str:
     after = summary["after"]
     corpora = [key for key in after if key != "step"]
-    colours = dict(zip(corpora, itertools.cycle(_COLOURS))) if len(corpora) > 1 else dict.fromkeys(corpora, INK)
+    colours = dict(zip(corpora, itertools.cycle(PALETTE))) if len(corpora) > 1 else dict.fromkeys(corpora, INK)
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{html.escape(name)} – training report</title>
-<style>{_STYLE}</style>
+<style>{STYLE}</style>
 </head>
 <body>
 <header>
@@ -87,7 +87,7 @@ def _page(
 </section>
 <section>
 <h2>Training</h2>
-{_legend(colours)}
+{legend(({"all corpora": "currentColor"} if len(colours) > 1 else {}) | colours)}
 <div class="figures">{figures(metrics, evaluations, colours)}</div>
 </section>
 <section>
@@ -110,8 +110,8 @@ def _headline(summary: Mapping[str, Any], corpora: Sequence[str]) -> str:
     for corpus in corpora:
         before, after = summary["before"][corpus], summary["after"][corpus]
         clauses.append(
-            f"from {_number(before['perplexity'])} to <b>{_number(after['perplexity'])}</b> "
-            f"on <em>{html.escape(corpus)}</em> ({_number(after['bits_per_byte'])} bits per byte)"
+            f"from {shown_number(before['perplexity'])} to <b>{shown_number(after['perplexity'])}</b> "
+            f"on <em>{html.escape(corpus)}</em> ({shown_number(after['bits_per_byte'])} bits per byte)"
         )
     listed = " and ".join([", ".join(clauses[:-1]), clauses[-1]] if clauses[1:] else clauses)
     return f"In {_updates(summary['after']['step'])}, held-out perplexity went {listed}."
@@ -122,7 +122,7 @@ def _facts(steps: int, metrics: Sequence[Mapping[str, Any]]) -> str:
     if metrics:
         rate = statistics.median(line["tokens_per_second"] for line in metrics)
         facts += [
-            f"final training loss {_number(metrics[-1]['loss'])}",
+            f"final training loss {shown_number(metrics[-1]['loss'])}",
             f"{rate:,.0f} tokens per second (median)",
             f"{_updates(metrics[-1]['skipped'])} skipped",
         ]
@@ -130,7 +130,7 @@ def _facts(steps: int, metrics: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _table(summary: Mapping[str, Any], corpora: Sequence[str]) -> str:
-    columns = {"perplexity": _number, "bits_per_byte": _number, "accuracy": lambda share: f"{share:.1%}"}
+    columns = {"perplexity": shown_number, "bits_per_byte": shown_number, "accuracy": lambda share: f"{share:.1%}"}
     rows = []
     for corpus in corpora:
         before, after = summary["before"][corpus], summary["after"][corpus]
@@ -160,7 +160,7 @@ def _seen(phases: Sequence[Mapping[str, Any]], metrics: Sequence[Mapping[str, An
         for name in dict.fromkeys(name for phase in phases for name in phase[group]):
             shares = "".join(f"<td>{phase[group].get(name, 0):.1%}</td>" for phase in phases)
             known = [line[losses][name] for line in last if line[losses].get(name) is not None]
-            loss = _number(statistics.mean(known)) if known else "–"
+            loss = shown_number(statistics.mean(known)) if known else "–"
             rows.append(f"<tr><th scope='row'>{html.escape(name)}</th>{shares}<td><b>{loss}</b></td></tr>")
     spans = "; ".join(
         f"{html.escape(phase['name'])}: updates {phase['start'] + 1:,} to {phase['stop']:,}, "
@@ -174,12 +174,14 @@ def _seen(phases: Sequence[Mapping[str, Any]], metrics: Sequence[Mapping[str, An
 <p class="note">{spans}. The loss is the training loss by target over the last tenth of the logged updates.</p>"""
 
 
-def _legend(colours: Mapping[str, str]) -> str:
+def legend(colours: Mapping[str, str]) -> str:
+    """What each colour of a figure stands for; nothing if there is one."""
     if len(colours) == 1:
         return ""
-    items = [("currentColor", "all corpora"), *((colour, corpus) for corpus, colour in colours.items())]
     return "<p class='legend'>{}</p>".format(
-        " ".join(f"<span><i style='background:{colour}'></i>{html.escape(name)}</span>" for colour, name in items)
+        " ".join(
+            f"<span><i style='background:{colour}'></i>{html.escape(name)}</span>" for name, colour in colours.items()
+        )
     )
 
 
@@ -211,7 +213,8 @@ def _blank(blank: Blank) -> str:
     return f"{space or ' '}<mark class='other'>{written}</mark> <ins>{original}</ins>"
 
 
-def _number(value: float) -> str:
+def shown_number(value: float) -> str:
+    """With as many digits as a reader needs."""
     if value >= 1e7:
         return f"{value:.2e}"
     return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}" if value >= 100 else f"{value:.2f}"
@@ -221,7 +224,7 @@ def _updates(count: int) -> str:
     return f"{count:,} update{'' if count == 1 else 's'}"
 
 
-_STYLE = """
+STYLE = """
 :root { color-scheme: light dark; --paper: #fdfdfb; --ink: #1d1f21; --muted: #6a6d70; --rule: #d9d9d4;
   --same: #cdeccf; --same-line: #2e8b3d; --other: #fbe3b3; --other-line: #b97a00; }
 @media (prefers-color-scheme: dark) {
