@@ -10,7 +10,6 @@ both wrote are compared.
 
 import argparse
 import dataclasses
-import itertools
 import json
 import statistics
 import subprocess
