@@ -246,6 +246,15 @@ def test_fine_tuned_models_are_read_by_seed_and_curves_averaged(tmp_path):
     assert one.curves() == {"claims: training loss": {"base": [(1, 6.0), (2, 7.0)], "adapted": [(1, 1.5), (2, 2.5)]}}
 
 
+def test_predictions_may_hold_any_character(tmp_path):
+    said = "one\u2028two\x85three"  # where str.splitlines would break the line
+    one = FineTuned("t", *(write_fine_tuning(tmp_path / name, (0, 1), said) for name in ("base", "adapted")))
+    for path in tmp_path.rglob("predictions-test.jsonl"):  # as `finetune` writes it
+        lines = [json.dumps(json.loads(line), ensure_ascii=False) for line in path.read_bytes().splitlines()]
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    assert one.predictions()[1][0] == [said] * 6
+
+
 def test_fine_tunings_that_cannot_be_compared_are_refused(tmp_path):
     base = write_fine_tuning(tmp_path / "base", (0, 1), "no")
     with pytest.raises(UserError, match="no folder seed_K"):

@@ -42,7 +42,7 @@ class TaskEvaluation:
         for task in self.tasks:
             if task.kind not in ("classification", "text_to_text", "spans", "tagging"):
                 raise UserError(f"task '{task.name}': {task.kind} cannot be answered in text; leave it out.")
-            if task.kind == "classification" and not task.labels:
+            if task.kind in ("classification", "tagging") and not task.labels:
                 raise UserError(f"task '{task.name}' has no training split to find labels in; set LabelledTask.labels.")
 
     def scores(self, model: Opened) -> dict[str, dict[str, float]]:

@@ -103,7 +103,8 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         raise UserError(f"{path} is missing; let that fine-tuning finish, with a task that has this split.")
     lines = []
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    # Not `str.splitlines`: a text that a model wrote may hold U+2028 and its like, which JSON leaves as they are.
+    for number, text in enumerate(path.read_bytes().splitlines(), 1):
         try:
             record = json.loads(text)
         except ValueError:

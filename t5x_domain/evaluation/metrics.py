@@ -96,6 +96,9 @@ def _check(name: str, targets: Sequence[Any], predictions: Sequence[Any]) -> Non
         raise UserError(f"{name}: {len(predictions)} predictions for {len(targets)} targets; give one for each.")
     if not len(targets):
         raise UserError(f"{name}: there are no items to score; choose a split that has some.")
+    pairs = zip(targets, predictions, strict=True)
+    if not name.startswith("span_") and any(isinstance(t, list) and isinstance(p, str) for t, p in pairs):
+        raise UserError(f"{name}: a target is a list of answers; choose span_exact_match or span_f1.")
 
 
 # --- labels ---

@@ -4,11 +4,14 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import gin
+import jax
+import jax.numpy as jnp
+import numpy as np
 
 from t5x_domain.adaptation.lora import Lora
 from t5x_domain.errors import UserError
@@ -112,11 +115,13 @@ class FineTuning:
                 for f in dataclasses.fields(self.updates)
                 if f.name != "schedule"
             },
-            # A schedule is a function, known by its values.
+            # A schedule is a function, known by its values: a few to be shown, and the mean of all.
             "learning rates": [float(self.updates.schedule(step)) for step in (0, steps // 2, steps)],
+            "mean learning rate": _mean_rate(self.updates.schedule, steps),
             "task": [self.task.name, self.task.kind, list(self.task.metrics)],
             "examples": hashlib.sha256(repr(data).encode()).hexdigest(),
             "model": model.blueprint.model_class.__name__,
+            "step of the model": model.facts.get("step"),  # of a run that is still being trained it changes
             "ModelConfig": dataclasses.asdict(model.blueprint.config),
             "vocabulary fingerprint": model.vocabulary.fingerprint,
         }
@@ -143,3 +148,9 @@ class FineTuning:
         except OSError as error:
             raise UserError(f"--out_dir={folder}: {error.strerror}; name a folder that you may write.") from error
         return folder
+
+
+def _mean_rate(schedule: Callable[[jax.Array], jax.Array], steps: int) -> float:
+    """Over all updates; to six digits, so that another machine finds the same."""
+    rates = jax.vmap(lambda step: jnp.asarray(schedule(step), jnp.float32))(jnp.arange(steps))
+    return float(f"{np.asarray(rates, np.float64).mean():.6g}")

@@ -1,5 +1,6 @@
 """Tasks put to a model that answers by rote: which text is asked, how the answer is read, and how it is scored."""
 
+import dataclasses
 import gzip
 import json
 from types import SimpleNamespace
@@ -110,6 +111,8 @@ def test_tasks_that_cannot_be_asked_are_refused(tmp_path):
     without = LabelledTask("unlabelled", {"validation": str(tmp_path / "pairs.jsonl.gz")})
     with pytest.raises(UserError, match="'unlabelled' has no training split to find labels in"):
         TaskEvaluation([without])
+    with pytest.raises(UserError, match="'unlabelled' has no training split to find labels in"):
+        TaskEvaluation([dataclasses.replace(without, kind="tagging", metrics=None)])  # every tag would become O
     twice = task(tmp_path, "text_to_text", records)
     with pytest.raises(UserError, match="'text_to_text' twice"):
         TaskEvaluation([twice, twice])

@@ -166,6 +166,9 @@ def test_what_cannot_be_scored_is_refused():
         score(["accuracy"], ["a"], ["a", "b"])
     with pytest.raises(UserError, match="no items to score"):
         score(["macro_f1"], [], [])
+    for name in ("accuracy", "macro_f1", "exact_match"):  # of answers that fit, which no == would find
+        with pytest.raises(UserError, match=f"{name}: a target is a list of answers; choose span_exact_match"):
+            score([name], [["Paris"], ["Rome", "Roma"]], ["Paris", "Rome"])
     with pytest.raises(UserError, match="item 0 has 1 words but 2 predicted tags"):
         score(["entity_f1"], [["O"]], [["O", "O"]])
     with pytest.raises(UserError, match="no value for a single item"):
