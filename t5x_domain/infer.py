@@ -2,14 +2,13 @@
 
 import argparse
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from t5x_domain import cli
 from t5x_domain.errors import UserError
 
 if TYPE_CHECKING:
-    from t5x_domain.inference.conditions import Conditions
     from t5x_domain.inference.opened import Opened
     from t5x_domain.inference.records import Request
 
@@ -28,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", metavar="FILE", help="JSON lines; the same command goes on after an interruption")
     parser.add_argument("--interactive", action="store_true", help="read texts from the terminal; ___ is a blank")
     parser.add_argument("--choices", metavar="A|B|C", help="choose among these answers by their probability")
+    parser.add_argument("--embed", action="store_true", help="write a unit vector for each text")
     parser.add_argument("--mode", metavar="TOKEN", help="mode token before every input, e.g. '[S2S]'")
     parser.add_argument("--metadata", metavar="TEMPLATE", help=r"before every input, e.g. 'Source: {source}\n\n'")
     parser.add_argument("--batch_size", type=int, default=8, metavar="N", help="inputs at once (default: 8)")
@@ -47,12 +47,17 @@ def _infer(flags: argparse.Namespace, bindings: Sequence[str]) -> None:
     decoding = cli.build(Decoding)
     if flags.choices is not None and len(set(flags.choices.split("|"))) < 2:
         raise UserError(f"--choices={flags.choices}: give at least two different answers with | between.")
+    if _reads_plain_texts(flags):
+        _answer_file(flags, _embedder(flags) if flags.embed else _predictor(flags), decoding)
+        return
     model = open_model(flags.model)
     # A shell gives "\n" as two characters.
     template = None if flags.metadata is None else flags.metadata.replace("\\n", "\n")
     conditions = Conditions(model.vocabulary, mode=flags.mode, template=template)
     if not flags.interactive:
-        _answer_file(flags, model, conditions, decoding)
+        answer = _chooser(flags, model) if flags.choices else _writer(flags, model, decoding)
+        read = lambda request: model.inputs(request.text, conditions.prefix(request.fields))  # noqa: E731
+        _answer_file(flags, lambda asked, first: answer([read(request) for request in asked], first), decoding)
         return
     from t5x_domain.inference.interactive import HELP, converse
 
@@ -76,7 +81,23 @@ def _require_one_source(flags: argparse.Namespace) -> None:
             raise UserError(f"--{flag} has no effect without --{user}; add that or leave it out.")
 
 
-def _answer_file(flags: argparse.Namespace, model: "Opened", conditions: "Conditions", decoding: Any) -> None:
+def _reads_plain_texts(flags: argparse.Namespace) -> bool:
+    """Whether texts are embedded or answered by a head: nothing is written, and nothing stands before them."""
+    from t5x_domain.inference.heads import HEAD_FILE, has_head
+
+    if not (flags.embed or has_head(flags.model)):
+        return False
+    why = "--embed" if flags.embed else f"a model with {HEAD_FILE}, which answers with its head"
+    for flag in ("interactive", "choices", "mode", "metadata"):
+        if getattr(flags, flag):
+            raise UserError(f"--{flag} does not go with {why}; leave it out.")
+    return True
+
+
+def _answer_file(
+    flags: argparse.Namespace, answer: "Callable[[list[Request], int], list[dict[str, Any]]]", decoding: Any
+) -> None:
+    """Writes what `answer` says to requests and the number of the first of them."""
     import itertools
 
     from tqdm import tqdm
@@ -91,17 +112,16 @@ def _answer_file(flags: argparse.Namespace, model: "Opened", conditions: "Condit
         "mode": flags.mode,
         "metadata": flags.metadata,
         "choices": flags.choices,
+        "embed": flags.embed,
         "decoding": repr(decoding),
     }
     answers = Answers(flags.output, asked)
     if answers.done:
         print(f"{answers.done:,} of {len(requests):,} are answered already; going on")
-    answer = _chooser(flags, model) if flags.choices else _writer(flags, model, decoding)
     left = enumerate(requests[answers.done :], answers.done)
     with tqdm(total=len(requests), initial=answers.done, unit="input", file=sys.stderr) as bar:
         while chunk := list(itertools.islice(left, flags.batch_size * _BATCHES_A_SAVE)):
-            inputs = [model.inputs(request.text, conditions.prefix(request.fields)) for _, request in chunk]
-            found = answer(inputs, chunk[0][0])
+            found = answer([request for _, request in chunk], chunk[0][0])
             answers.add({**request.fields, **said} for (_, request), said in zip(chunk, found, strict=True))
             bar.update(len(chunk))
     answers.finish()
@@ -144,6 +164,33 @@ def _chooser(flags: argparse.Namespace, model: "Opened") -> Any:
             {"choice": choices[int(row.argmax())], "scores": dict(zip(choices, row.tolist(), strict=True))}
             for row in scores
         ]
+
+    return answer
+
+
+def _predictor(flags: argparse.Namespace) -> Any:
+    from t5x_domain.inference.heads import Predictor, open_head
+
+    predict = Predictor(open_head(flags.model), batch_size=flags.batch_size)
+
+    def answer(requests: "list[Request]", first: int) -> list[dict[str, Any]]:
+        del first
+        return [{"prediction": prediction} for prediction in predict([request.text for request in requests])]
+
+    return answer
+
+
+def _embedder(flags: argparse.Namespace) -> Any:
+    from t5x_domain.inference.embedding import Embedder
+    from t5x_domain.inference.heads import has_head, open_head
+    from t5x_domain.inference.opened import open_model
+
+    model = open_head(flags.model).model if has_head(flags.model) else open_model(flags.model)
+    embed = Embedder(model, batch_size=flags.batch_size)
+
+    def answer(requests: "list[Request]", first: int) -> list[dict[str, Any]]:
+        del first
+        return [{"embedding": vector.tolist()} for vector in embed([request.text for request in requests])]
 
     return answer
 

@@ -13,6 +13,8 @@ from t5x_domain.conversion.check import rounding_bound
 from t5x_domain.conversion.formats import write_checkpoint
 from t5x_domain.data.vocabulary import ByteVocabulary
 from t5x_domain.inference import generator as generator_module
+from t5x_domain.inference.embedding import Embedder
+from t5x_domain.inference.heads import Predictor, open_head
 from t5x_domain.inference.interactive import converse, filled, with_blanks
 from t5x_domain.inference.opened import open_model, unrolled
 from t5x_domain.models.assemblies import DecoderOnly, EncoderDecoder
@@ -187,3 +189,38 @@ def test_answers_are_never_mixed(models, asked, tmp_path, capsys):
     (tmp_path / "out.jsonl.partial").write_text(json.dumps({"asked": {"model": "another"}}) + "\n")
     assert run(*flags) == 2
     assert "holds answers to another question (model" in capsys.readouterr().err
+
+
+def test_texts_are_embedded(models, asked, tmp_path):
+    out = tmp_path / "out.jsonl"
+    assert run("--model", models / "both", "--input", asked, "--output", out, "--embed") == 0
+    found = np.array([answer["embedding"] for answer in answers(out)])
+    np.testing.assert_array_equal(found, Embedder(open_model(str(models / "both")))(TEXTS))
+
+
+@pytest.fixture
+def headed(models, tmp_path):
+    """A classifier that says "long" or "short" by the sign of a number, as fine-tuning stores it."""
+    shutil.copytree(models / "both", tmp_path / "headed")
+    kernel = np.random.default_rng(0).standard_normal((SHAPE["embed_dim"], 2)).astype(np.float32)
+    head = {"kernel": kernel, "bias": np.zeros(2, np.float32), "labels": np.array(["long", "short"])}
+    np.savez(tmp_path / "headed/head.npz", kind="classification", length=16, **head)
+    return tmp_path / "headed"
+
+
+def test_a_model_with_a_head_answers_with_it(headed, asked, tmp_path, capsys):
+    out = tmp_path / "out.jsonl"
+    flags = ["--model", headed, "--input", asked, "--output", out]
+    assert run(*flags) == 0
+    assert [a["prediction"] for a in answers(out)] == Predictor(open_head(str(headed)))(TEXTS)
+    for flag, said in ((("--choices", "a|b"), "--choices"), (("--mode", "[S2S]"), "--mode")):
+        assert run(*flags, *flag) == 2
+        assert f"{said} does not go with a model with head.npz" in capsys.readouterr().err
+
+
+def test_a_decoder_alone_embeds_nothing(models, asked, tmp_path, capsys):
+    flags = ["--model", models / "decoder", "--input", asked, "--output", tmp_path / "out.jsonl", "--embed"]
+    assert run(*flags) == 2
+    assert "has no encoder to embed texts with" in capsys.readouterr().err
+    assert run(*flags, "--metadata", "{id}") == 2
+    assert "--metadata does not go with --embed; leave it out" in capsys.readouterr().err

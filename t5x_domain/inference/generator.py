@@ -66,7 +66,8 @@ class Generator:
             chosen = order[start : start + self._batch_size]
             written = self._run([inputs[i] for i in chosen], [first + i for i in chosen])
             for i, tokens, scores in zip(chosen, *map(np.asarray, written), strict=False):
-                outputs[i] = [self._output(t, s) for t, s in zip(tokens, scores, strict=True)]
+                found = [self._output(t, s) for t, s in zip(tokens, scores, strict=True)]
+                outputs[i] = sorted(found, key=lambda output: -output.score)
         return outputs
 
     def _run(self, inputs: Sequence[np.ndarray], numbers: Sequence[int]) -> Written:

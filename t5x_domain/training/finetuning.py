@@ -21,6 +21,7 @@ from t5x_domain.conversion.layout import leaves
 from t5x_domain.conversion.tensors import Tensor
 from t5x_domain.errors import UserError
 from t5x_domain.files import write_atomically
+from t5x_domain.inference.heads import HEAD_FILE
 from t5x_domain.inference.opened import Opened, open_model
 from t5x_domain.models.names import path_name
 from t5x_domain.training.checkpoint import Checkpoints, Retention
@@ -262,7 +263,7 @@ def _finish(tuning: FineTuning, form: TaskForm, data: Mapping[str, Sequence[Any]
 
 
 def _write_model(form: TaskForm, params: Tree, folder: Path) -> None:
-    """The model as a converted folder; of a task with a head also `head.npz`, with the names of its labels."""
+    """The model as a converted folder; of a task with a head also what `inference.heads` reads."""
     model, named = form.asked, _named(params)
     base, config = model.blueprint.model_class, dataclasses.replace(model.blueprint.config, scan_layers=True)
     # What a head has no use for, such as the decoder of an encoder-decoder, is as it was.
@@ -275,7 +276,8 @@ def _write_model(form: TaskForm, params: Tree, folder: Path) -> None:
     )
     head = {name.removeprefix("head/"): np.asarray(leaf) for name, leaf in named.items() if name.startswith("head/")}
     if head:
-        np.savez(folder / "head.npz", labels=np.array(form.tuning.task.labels or [], str), **head)
+        task, length = form.tuning.task, form.tuning.lengths["inputs"]
+        np.savez(folder / HEAD_FILE, kind=task.kind, length=length, labels=np.array(task.labels or [], str), **head)
 
 
 def _summary(tuning: FineTuning, folder: Path) -> dict[str, Any]:

@@ -196,6 +196,22 @@ def test_finished_seeds_stay_and_others_can_be_added(folder, tmp_path, capsys):
         finetune(dataclasses.replace(first, updates=Updates(AdamW(), constant(0.02))))
 
 
+def test_what_defines_a_fine_tuning_tells_warm_ups_and_steps_of_a_run_apart(folder, tmp_path):
+    one = tuning(folder, tmp_path / "out", steps=1000)
+    model = open_model(one.init_from, mesh=one.mesh)
+    data = {"train": one.task.examples("train")}
+
+    def identity(warmup_steps, step):
+        described = dataclasses.replace(one, updates=Updates(AdamW(), constant(0.01, warmup_steps)))
+        return described.identity(dataclasses.replace(model, facts={"step": step}), data)
+
+    assert identity(50, 7) == identity(50, 7)
+    # Both begin at 0 and have ended their warm-up at the half; the means are 0.01 * (1 - (w + 1) / 2 / 1000).
+    assert identity(50, 7)["mean learning rate"] == pytest.approx(0.01 * (1 - 0.0255))
+    assert identity(100, 7)["mean learning rate"] == pytest.approx(0.01 * (1 - 0.0505))
+    assert identity(50, 7) != identity(50, 8)
+
+
 def test_early_stopping_keeps_the_best(folder, tmp_path, monkeypatch):
     """Learning at a rate of 0 never improves on the first evaluation: two more, and it is over, interrupted or not."""
     still = tuning(
