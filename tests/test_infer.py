@@ -200,7 +200,7 @@ def test_texts_are_embedded(models, asked, tmp_path):
 
 @pytest.fixture
 def headed(models, tmp_path):
-    """A classifier that says "long" or "short" by the sign of a number, as fine-tuning stores it."""
+    """A classifier of two labels, "long" and "short", as fine-tuning stores it."""
     shutil.copytree(models / "both", tmp_path / "headed")
     kernel = np.random.default_rng(0).standard_normal((SHAPE["embed_dim"], 2)).astype(np.float32)
     head = {"kernel": kernel, "bias": np.zeros(2, np.float32), "labels": np.array(["long", "short"])}
