@@ -7,7 +7,6 @@ TensorFlow and SeqIO are imported by these two only.
 import abc
 import dataclasses
 import functools
-import importlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ import gin
 
 from t5x_domain.data.labelled_files import Record, read_records
 from t5x_domain.data.sources import python_fields, resolve_files
+from t5x_domain.data.tasks import registered_task
 from t5x_domain.data.templates import field_of, fields_of, filled, text_of
 from t5x_domain.data.vocabulary import ByteVocabulary, Vocabulary
 from t5x_domain.errors import UserError
@@ -315,16 +315,7 @@ class SeqioTask(Task):
 
     @property
     def _task(self) -> "seqio.Task":
-        import seqio
-
-        try:
-            if self.module:
-                importlib.import_module(self.module)
-        except ImportError as error:
-            raise UserError(f"SeqioTask.module '{self.module}' cannot be imported: {error}.") from error
-        if self.task_name not in seqio.TaskRegistry.names():
-            raise UserError(f"SeqIO has no task '{self.task_name}'; set SeqioTask.module to what registers it.")
-        return seqio.TaskRegistry.get(self.task_name)
+        return registered_task(self.task_name, self.module, "SeqioTask.module")
 
     def examples(self, split: str) -> list[Labelled]:
         """Texts before tokenisation where the task keeps them (`inputs_pretokenized`), else decoded."""
