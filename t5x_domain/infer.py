@@ -1,6 +1,7 @@
 """`python -m t5x_domain.infer --model=DIR --input=FILE.jsonl --output=FILE.jsonl`: what a model writes for inputs."""
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -52,8 +53,10 @@ def _infer(flags: argparse.Namespace, bindings: Sequence[str]) -> None:
     if flags.choices is not None and len(set(flags.choices.split("|"))) < 2:
         raise UserError(f"--choices={flags.choices}: give at least two different answers with | between.")
     reads_plain_texts = _reads_plain_texts(flags)
-    if decoding != Decoding() and (reads_plain_texts or flags.choices):
-        raise UserError("Decoding is set, but nothing is written here; leave its bindings out.")
+    # Not `!= Decoding()`, which gin would configure as well.
+    changed = [field.name for field in dataclasses.fields(decoding) if getattr(decoding, field.name) != field.default]
+    if changed and (reads_plain_texts or flags.choices):
+        raise UserError(f"Decoding.{changed[0]} is set, but nothing is written here; leave it out.")
     if reads_plain_texts:
         model, answer = _embedder(flags) if flags.embed else _predictor(flags)
         _answer_file(flags, model, answer, decoding)

@@ -171,8 +171,14 @@ def test_parameters_stay_float32_whatever_the_products_are(models):
             "line 1: there is no field 'body', only id, text; name",
         ),
         (["--input", "IN", "--output", "OUT", "--choices", "yes"], "at least two different answers"),
-        (["--input", "IN", "--output", "OUT", "--choices", "yes|no", SHORT], "nothing is written here"),
-        (["--input", "IN", "--output", "OUT", "--embed", SHORT], "nothing is written here"),
+        (
+            ["--input", "IN", "--output", "OUT", "--choices", "yes|no", SHORT],
+            "Decoding.max_tokens is set, but nothing is written here",
+        ),
+        (
+            ["--input", "IN", "--output", "OUT", "--embed", SHORT],
+            "Decoding.max_tokens is set, but nothing is written here",
+        ),
         (["--input", "IN", "--output", "OUT", "--metadata", "{date}"], "needs the fields date"),
         (["--input", "IN", "--output", "OUT", "--split", "test"], "--split has no effect without --seqio_task"),
         (["--interactive", "--output", "OUT"], "leave out --output"),

@@ -162,7 +162,8 @@ def page(report):
     smoke = "\n**A smoke test: its figures show nothing.**\n" if report["name"] == "smoke" else ""
     return f"""# A real model in a real domain
 {smoke}
-*Written by `benchmarks/studies/case_study.py`, setting {report["name"]}, on {versions["date"]}; no figure is left out.*
+*Written by `benchmarks/studies/case_study.py`, setting {report["name"]}, on {versions["date"]}; no figure is left out.
+Its head says how to run it; an interrupted study goes on with the same command.*
 
 {report["model"]} goes on with UL2's denoisers for {setting["steps"]} steps, once on {report["domain"]} with a tenth of
 {report["general"]} (adapted), once on {report["general"]} alone (control). A model that has lost denoising gains by any
