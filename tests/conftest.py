@@ -21,3 +21,8 @@ def _no_bindings_left_behind():
     yield
     if "gin" in sys.modules:
         sys.modules["gin"].clear_config()
+
+
+def pytest_collection_modifyitems(items):
+    """The longest tests first, so that they do not run alone at the end."""
+    items.sort(key=lambda item: item.path.name not in ("test_demo.py", "test_loop.py"))
