@@ -1,7 +1,7 @@
 """Do embeddings find a term by its synonym? Before and after learning from pairs, against the letters alone.
 
     python benchmarks/studies/synonyms.py --domain biomed.jsonl.gz --model base=FOLDER --model adapted=FOLDER
-                                                                      (two cores: a quarter of an hour a model)
+                                                                      (two cores: about ten minutes a model)
     … --steps 4 --queries 50 --report FILE   (a minute, shows nothing)
 
 Documents are JSON lines with `title`, `synonyms` and `split`. A synonym of a test document asks, all titles of test
@@ -114,7 +114,7 @@ def main():
     flags = parser(__doc__, "runs/studies/synonyms")
     flags.add_argument("--domain", required=True, metavar="FILE")
     flags.add_argument("--model", required=True, action="append", metavar="NAME=FOLDER")
-    flags.add_argument("--steps", type=int, default=400, help="of learning (default: 400)")
+    flags.add_argument("--steps", type=int, default=200, help="of learning (default: 200)")
     flags.add_argument("--queries", type=int, default=3000, help="synonyms that ask (default: 3000)")
     flags.add_argument("--report", default=str(ROOT / "docs/studies/synonyms.md"), metavar="FILE")
     flags = flags.parse_args()
