@@ -25,8 +25,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     def body() -> int:
         # Known before the gin file is read, hence imported first.
-        from t5x_domain.training.finetune_config import FineTuning
-        from t5x_domain.training.finetuning import finetune
+        from t5x_domain.adaptation.finetune_config import FineTuning
+        from t5x_domain.adaptation.finetuning import finetune
 
         cli.load_gin(flags.gin_file, bindings, flags.gin_search_path)
         return finetune(cli.build(FineTuning))

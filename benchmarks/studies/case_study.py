@@ -28,6 +28,8 @@ import numpy as np
 from case_study_report import ARMS, PAIRS, write_report
 from study import ROOT, claim, kept, parser, run_jobs
 
+from t5x_domain.adaptation.finetune_config import FineTuning
+from t5x_domain.adaptation.finetuning import finetune
 from t5x_domain.conversion.formats import open_checkpoint
 from t5x_domain.data.curriculum import Phase
 from t5x_domain.data.labelled import LabelledTask
@@ -41,8 +43,6 @@ from t5x_domain.evaluation.fine_tuned import FineTuned
 from t5x_domain.evaluation.head_to_head import HeadToHead, head_to_head
 from t5x_domain.inference.decoding import Decoding
 from t5x_domain.training.checkpoint import Retention
-from t5x_domain.training.finetune_config import FineTuning
-from t5x_domain.training.finetuning import finetune
 from t5x_domain.training.loop import train
 from t5x_domain.training.metrics import read_json_lines
 from t5x_domain.training.optimizer import Adafactor, AdamW, Updates

@@ -21,14 +21,14 @@ from study import ROOT, claim, parser, run_jobs, write_json
 from common import RESULTS, environment  # study makes it findable
 from meco_report import table
 
+from t5x_domain.adaptation.finetune_config import FineTuning
+from t5x_domain.adaptation.finetuning import finetune
 from t5x_domain.data.labelled import LabelledTask
 from t5x_domain.errors import UserError
 from t5x_domain.evaluation.downstream import TaskEvaluation, found_pairs
 from t5x_domain.inference.embedding import Embedder
 from t5x_domain.inference.heads import open_head
 from t5x_domain.inference.opened import open_model
-from t5x_domain.training.finetune_config import FineTuning
-from t5x_domain.training.finetuning import finetune
 from t5x_domain.training.optimizer import AdamW, Updates
 from t5x_domain.training.schedule import linear
 

@@ -169,15 +169,6 @@ class LabelledTask(Task):
     def score(self, examples: Sequence[Labelled], predictions: Sequence[Any]) -> dict[str, float]:
         return metrics.score(self.metrics, [example.target for example in examples], predictions)
 
-    def unseen_labels(self, split: str) -> list[str]:
-        """Labels of a split that no training example has, sorted; empty for kinds without labels."""
-        return sorted(self._labels_of(split) - self._labels_of(TRAIN))
-
-    def absent_labels(self, split: str) -> list[str]:
-        """The task's labels that no example of a split has: nothing will be known of them."""
-        found = self._labels_of(split)
-        return [label for label in self.labels if label not in found]
-
     def _labels_of(self, split: str) -> set[str]:
         if self.kind not in _LABELLED:
             return set()

@@ -13,6 +13,7 @@ from t5x_domain.inference.decoding import Decoding
 from t5x_domain.inference.generator import Generator
 from t5x_domain.inference.opened import Opened, unrolled
 from t5x_domain.objectives.prefix import NO_TOKENS, prefix_ids
+from t5x_domain.objectives.span_corruption import spans, split_at_sentinels
 from t5x_domain.training.feed import LAYOUTS
 from t5x_domain.training.state import Blueprint
 
@@ -103,7 +104,7 @@ def compare(
     A span belongs to the sentinel before it, wherever that stands in `written`. Blanks without a span stay empty;
     repeated sentinels, sentinels that `inputs` has not, and tokens before the first one are left out.
     """
-    head, *rest = _split_at_sentinels(inputs[:-1], vocabulary)
+    head, *rest = split_at_sentinels(inputs[:-1], vocabulary)
     originals = spans(targets[:-1], vocabulary)
     num_written = np.flatnonzero(np.append(written, vocabulary.eos_id) == vocabulary.eos_id)[0]
     guesses = spans(written[:num_written], vocabulary)
@@ -134,26 +135,6 @@ def compare(
         )
         end = len(after)
     return Filled((*pieces, text[end:]), tuple(blanks))
-
-
-def _split_at_sentinels(
-    tokens: np.ndarray, vocabulary: Vocabulary | ByteVocabulary
-) -> list[tuple[int | None, list[int]]]:
-    """[(None, tokens before the first sentinel), (sentinel, tokens after it), …]."""
-    first_sentinel = vocabulary.vocab_size - vocabulary.num_sentinels
-    parts: list[tuple[int | None, list[int]]] = [(None, [])]
-    for token in np.asarray(tokens).tolist():
-        if token >= first_sentinel:
-            parts.append((token, []))
-        else:
-            parts[-1][1].append(token)
-    return parts
-
-
-def spans(tokens: np.ndarray, vocabulary: Vocabulary | ByteVocabulary) -> dict[int | None, list[int]]:
-    """What was written after each sentinel, int32 [n] -> {sentinel: ids}; None for what stands before the first."""
-    # Backwards, so that the first of repeated sentinels stays.
-    return dict(reversed(_split_at_sentinels(tokens, vocabulary)))
 
 
 def _decode_prefix(tokens: Sequence[int], vocabulary: Vocabulary | ByteVocabulary) -> str:

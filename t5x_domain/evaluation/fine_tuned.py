@@ -10,10 +10,10 @@ from typing import Any
 import gin
 import numpy as np
 
+from t5x_domain.adaptation.finetune_config import IDENTITY_FILE, OF_THE_MODEL
 from t5x_domain.errors import UserError
 from t5x_domain.evaluation import metrics
 from t5x_domain.files import changed_keys
-from t5x_domain.training.finetune_config import IDENTITY_FILE, OF_THE_MODEL
 from t5x_domain.training.metrics import read_json_lines
 
 Curve = list[tuple[int, float]]

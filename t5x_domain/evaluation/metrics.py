@@ -52,22 +52,12 @@ def score(names: Sequence[str], targets: Sequence[Any], predictions: Sequence[An
     return {name: _metric(name)(targets, predictions) for name in names}
 
 
-def per_item(name: str, targets: Sequence[Any], predictions: Sequence[Any]) -> np.ndarray:
-    """The value of each item, float64 [n], of one of `ITEM_METRICS`, whose mean is the metric.
-
-    Raises:
-      UserError: as `score`, or the metric has no value for a single item.
-    """
-    if _metric(name).statistic:
-        raise UserError(f"{name} has no value for a single item; choose one of {', '.join(ITEM_METRICS)}.")
-    return counts(name, targets, predictions)
-
-
 def counts(name: str, targets: Sequence[Any], predictions: Sequence[Any]) -> np.ndarray:
     """What `statistics.paired_bootstrap` and `hierarchical_bootstrap` resample, with `METRICS[name].statistic`.
 
     Returns:
-      float64 [n] of one of `ITEM_METRICS`, else [n, k]. k depends on the labels and need not agree between models.
+      float64 [n] of a metric that is a mean over items, else [n, k]. k depends on the labels and need not agree between
+      models.
     """
     _check(name, targets, predictions)
     return _metric(name).counts(targets, predictions)
@@ -267,4 +257,3 @@ METRICS: Mapping[str, Metric] = {
         Metric("span_f1", _best(_overlap)),
     )
 }
-ITEM_METRICS: Sequence[str] = tuple(name for name, metric in METRICS.items() if metric.statistic is None)

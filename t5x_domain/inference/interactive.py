@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from t5x_domain.errors import UserError
-from t5x_domain.evaluation.fill import spans
 from t5x_domain.inference.generator import Generator
 from t5x_domain.inference.opened import Opened
+from t5x_domain.objectives.span_corruption import spans
 
 BLANK = re.compile(r"_{3,}")
 HELP = "Write a text; ___ is a blank to fill. :q leaves."

@@ -51,13 +51,17 @@ class _Headed(EncoderOnly):
         return super().__call__(tokens, encoder_segment_ids=segment_ids, rng=rng)
 
 
-class EncoderClassifier(_Headed):
-    """Classes of a text from the mean of the encoder's states."""
+class _Scored(_Headed):
+    """An encoder under scores."""
 
     def __init__(self, config: ModelConfig, *, num_labels: int, rngs: nnx.Rngs) -> None:
-        """Builds the encoder and the classifier."""
+        """Builds the encoder and the scores."""
         super().__init__(config, rngs=rngs)
         self.head = Scores(config.embed_dim, num_labels, rngs=rngs)
+
+
+class EncoderClassifier(_Scored):
+    """Classes of a text from the mean of the encoder's states."""
 
     def __call__(
         self, encoder_input_tokens: jax.Array, encoder_segment_ids: jax.Array, *, rng: jax.Array | None = None
@@ -94,13 +98,8 @@ class EncoderDecoderClassifier(EncoderDecoder):
         return self.head(hidden[:, 0])
 
 
-class EncoderTagger(_Headed):
+class EncoderTagger(_Scored):
     """A tag for every token."""
-
-    def __init__(self, config: ModelConfig, *, num_labels: int, rngs: nnx.Rngs) -> None:
-        """Builds the encoder and the classifier."""
-        super().__init__(config, rngs=rngs)
-        self.head = Scores(config.embed_dim, num_labels, rngs=rngs)
 
     def __call__(
         self, encoder_input_tokens: jax.Array, encoder_segment_ids: jax.Array, *, rng: jax.Array | None = None
@@ -109,13 +108,12 @@ class EncoderTagger(_Headed):
         return self.head(self._hidden(encoder_input_tokens, encoder_segment_ids, rng))
 
 
-class EncoderSpans(_Headed):
+class EncoderSpans(_Scored):
     """First and last token of an answer (Devlin et al. 2019, sections 4.2 and 4.3); position 0 is "no answer"."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
         """Builds the encoder and the two scores."""
-        super().__init__(config, rngs=rngs)
-        self.head = Scores(config.embed_dim, 2, rngs=rngs)
+        super().__init__(config, num_labels=2, rngs=rngs)
 
     def __call__(
         self, encoder_input_tokens: jax.Array, encoder_segment_ids: jax.Array, *, rng: jax.Array | None = None

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import gin
 import numpy as np
 
-from t5x_domain.data.vocabulary import Vocabulary
+from t5x_domain.data.vocabulary import ByteVocabulary, Vocabulary
 from t5x_domain.errors import UserError
 from t5x_domain.objectives.base import Objective
 
@@ -108,3 +108,23 @@ def _random_span_ends(rng: np.random.Generator, num_tokens: int, num_spans: int)
     if num_spans:
         ends[num_spans] = num_tokens
     return ends
+
+
+def split_at_sentinels(
+    tokens: np.ndarray, vocabulary: Vocabulary | ByteVocabulary
+) -> list[tuple[int | None, list[int]]]:
+    """int32 [n] -> [(None, ids before the first sentinel), (sentinel, ids after it), …]."""
+    first_sentinel = vocabulary.vocab_size - vocabulary.num_sentinels
+    parts: list[tuple[int | None, list[int]]] = [(None, [])]
+    for token in np.asarray(tokens).tolist():
+        if token >= first_sentinel:
+            parts.append((token, []))
+        else:
+            parts[-1][1].append(token)
+    return parts
+
+
+def spans(tokens: np.ndarray, vocabulary: Vocabulary | ByteVocabulary) -> dict[int | None, list[int]]:
+    """What was written after each sentinel, int32 [n] -> {sentinel: ids}; None for what stands before the first."""
+    # Backwards, so that the first of repeated sentinels stays.
+    return dict(reversed(split_at_sentinels(tokens, vocabulary)))

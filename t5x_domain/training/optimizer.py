@@ -127,7 +127,7 @@ class Updates:
 
         Args:
           axes: names of the axes of every parameter.
-          multipliers: factors of the finished updates, see training/layerwise.py; a parameter whose factors are all 0
+          multipliers: factors of the finished updates, see adaptation/layerwise.py; a parameter whose factors are all 0
             is frozen. None for 1.
 
         Raises:

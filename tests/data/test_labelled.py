@@ -112,14 +112,14 @@ def test_one_file_for_all_splits_and_a_template(write):
     task = LabelledTask("t", {"train": path, "test": path}, input_template="{title}: {text}", split_field="split")
     assert [(e.id, e.inputs, e.target) for e in task.examples("train")] == [("1", "T: x", "b"), ("3", "V: z", "a")]
     assert task.labels == ("a", "b") and task.metrics == ("accuracy", "macro_f1")
-    assert task.unseen_labels("test") == ["c"] and task.absent_labels("test") == ["a", "b"]
+    assert [e.target for e in task.examples("test")] == ["c"]
     assert task.score(task.examples("train"), ["b", "b"])["accuracy"] == 0.5
 
 
 def test_declared_labels_keep_their_order_and_bind_training_only(write):
     files = in_files(write, train=[{"text": "t", "label": 1}], test=[{"text": "t", "label": "new"}])
     assert LabelledTask("t", files, labels=["2", "1"]).labels == ("2", "1")
-    assert LabelledTask("t", files, labels=["2", "1"]).unseen_labels("test") == ["new"]
+    assert LabelledTask("t", files, labels=["2", "1"]).examples("test")[0].target == "new"
     with pytest.raises(UserError, match=r"train\.jsonl, line 1: label '1' is not declared"):
         LabelledTask("t", files, labels=["0"]).examples("train")
 
@@ -180,7 +180,7 @@ def test_refuses_bad_settings(settings, said):
 def test_refuses_an_unknown_split(write):
     task = LabelledTask("t", in_files(write, test=[{"text": "a", "label": "b"}]))
     with pytest.raises(UserError, match="no split 'train', only test"):
-        task.unseen_labels("test")
+        task.examples("train")
 
 
 # --- SeqIO ---

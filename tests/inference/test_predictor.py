@@ -6,14 +6,14 @@ import shutil
 import numpy as np
 import pytest
 
+from t5x_domain.adaptation.finetuning import finetune
 from t5x_domain.data.labelled import LabelledTask
 from t5x_domain.errors import UserError
 from t5x_domain.inference.embedding import Embedder
 from t5x_domain.inference.heads import Predictor, has_head, open_head
 from t5x_domain.inference.opened import open_model
 from t5x_domain.models.assemblies import EncoderDecoder
-from t5x_domain.training.finetuning import finetune
-from tests.training.test_finetuning import KINDS, folder, tuning  # noqa: F401
+from tests.adaptation.test_finetuning import KINDS, folder, tuning  # noqa: F401
 
 RECORDS = {
     **KINDS,

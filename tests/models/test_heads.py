@@ -10,8 +10,8 @@ from t5x_domain.errors import UserError
 from t5x_domain.models.assemblies import EncoderDecoder, EncoderOnly
 from t5x_domain.models.heads import MASKED, head, mean_pool
 from t5x_domain.training.initial import restore_params
+from tests import tiny
 from tests.small_models import CONFIG, random_checkpoint
-from tests.training import tiny
 
 BATCH, LENGTH, LABELS = 3, 7, 5
 SHAPES = {

@@ -32,7 +32,7 @@ from t5x_domain.parallel.sharding import put
 from t5x_domain.training.optimizer import AdamW, Updates
 from t5x_domain.training.schedule import constant
 from t5x_domain.training.step import make_eval_step, make_train_step
-from tests.training import tiny
+from tests import tiny
 
 BYTES = ByteVocabulary(extra_ids=0)
 

@@ -10,6 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_models import random_checkpoint
 
+from t5x_domain.adaptation import finetuning
+from t5x_domain.adaptation.finetune_config import FineTuning
+from t5x_domain.adaptation.finetuning import Record, batch_positions, finetune
 from t5x_domain.adaptation.lora import Lora
 from t5x_domain.conversion.formats import open_checkpoint, write_checkpoint
 from t5x_domain.conversion.tensors import Tensor
@@ -21,10 +24,7 @@ from t5x_domain.inference.opened import open_model
 from t5x_domain.models.assemblies import DecoderOnly, EncoderDecoder, EncoderOnly
 from t5x_domain.models.config import ModelConfig
 from t5x_domain.parallel.mesh import MeshShape
-from t5x_domain.training import finetuning
 from t5x_domain.training.checkpoint import Checkpoints
-from t5x_domain.training.finetune_config import FineTuning
-from t5x_domain.training.finetuning import Record, batch_positions, finetune
 from t5x_domain.training.optimizer import AdamW, Updates
 from t5x_domain.training.schedule import constant
 

@@ -14,6 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from t5x_domain.adaptation.finetune_config import TRAIN, VALIDATION, FineTuning
+from t5x_domain.adaptation.finetune_tasks import TaskForm, form_of
+from t5x_domain.adaptation.layerwise import multipliers, with_fresh_top
 from t5x_domain.adaptation.lora import LEARNING
 from t5x_domain.conversion.checkpoint import Checkpoint
 from t5x_domain.conversion.formats import write_checkpoint
@@ -26,9 +29,6 @@ from t5x_domain.inference.opened import Opened, open_model
 from t5x_domain.models.names import path_name
 from t5x_domain.parallel.sharding import put
 from t5x_domain.training.checkpoint import Checkpoints, Retention
-from t5x_domain.training.finetune_config import TRAIN, VALIDATION, FineTuning
-from t5x_domain.training.finetune_tasks import TaskForm, form_of
-from t5x_domain.training.layerwise import multipliers, with_fresh_top
 from t5x_domain.training.loop import EXIT_PREEMPTED, PreemptionNotice
 from t5x_domain.training.metrics import MetricsWriter
 from t5x_domain.training.state import Blueprint, TrainState

@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import CONFIG, blueprint
 
+from t5x_domain.adaptation.layerwise import multipliers, with_fresh_top
 from t5x_domain.adaptation.lora import Lora
 from t5x_domain.errors import UserError
 from t5x_domain.models.assemblies import EncoderDecoder, EncoderOnly
 from t5x_domain.models.names import path_name
-from t5x_domain.training.layerwise import multipliers, with_fresh_top
 from t5x_domain.training.optimizer import Adafactor, AdamW, Updates
 from t5x_domain.training.schedule import constant
 

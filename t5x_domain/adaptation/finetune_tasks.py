@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from t5x_domain.adaptation.finetune_config import TRAIN, FineTuning
 from t5x_domain.data import packing
 from t5x_domain.errors import UserError
 from t5x_domain.inference.answering import Answerer
@@ -18,7 +19,6 @@ from t5x_domain.models.heads import head
 from t5x_domain.objectives.labels import LOSSES, OBJECTIVES
 from t5x_domain.objectives.losses import language_model_loss
 from t5x_domain.training.feed import LAYOUTS
-from t5x_domain.training.finetune_config import TRAIN, FineTuning
 from t5x_domain.training.state import Blueprint
 
 Params = Any
