@@ -19,7 +19,7 @@ from t5x_domain.kernels.tpu.backward import backward
 from t5x_domain.kernels.tpu.block_map import BlockMap, Far, block_map
 from t5x_domain.kernels.tpu.blocks import LANES, Blocks, Chip, chip
 from t5x_domain.kernels.tpu.forward import forward
-from t5x_domain.kernels.tpu.logits import bias_unit
+from t5x_domain.kernels.tpu.logits import MASKED, bias_unit
 from t5x_domain.kernels.tpu.settings import Settings
 from t5x_domain.kernels.tpu.skewed_bias import HeadBias, SkewedLayout, skew, unskew
 
@@ -182,7 +182,7 @@ def _attention_bwd(sizes, options, residuals, d_out):
     layout = bias = None
     if diagonal is not None:
         layout = SkewedLayout(blocks.queries, Far(sizes.far.after, sizes.far.before))
-        bias = _head_bias(diagonal[:, ::-1], layout, options.softcap)
+        bias = _head_bias(diagonal, layout, options.softcap, reverse=True)
     settings = Settings(blocks, options.scale, options.softcap, layout, sizes.vmem, options.interpret, options.branches)
     k_padded, v_padded = _pad_length(k, blocks.keys), _pad_length(v, blocks.keys)
     exact = k.dtype if sizes.parts == 1 and q.shape[1] == k.shape[1] else jnp.float32
@@ -192,22 +192,26 @@ def _attention_bwd(sizes, options, residuals, d_out):
         here = shift - number * length
         return backward(q, k_padded, v_padded, bias, rows, pairs, here, d_out, lse, delta, settings, exact)
 
-    split = lambda a, axis: _split(a, axis, sizes.parts, length)  # noqa: E731
+    split = lambda a, axis, **options: _split(a, axis, sizes.parts, length, **options)  # noqa: E731
     xs = (
         jnp.arange(sizes.parts, dtype=jnp.int32),
         _padded_intervals(sizes, intervals, blocks, sizes.parts),
         maps.backward,
         split(q, 2),
         split(d_out, 2),
-        split(lse, 3),
+        split(lse, 3, constant_values=-MASKED),  # no weight for padding
         split(delta, 3),
     )
     if sizes.parts == 1:
         dq, *sums = part(_part(xs, 0))
     else:
-        add = lambda sums, xs: (lambda dq, *new: (jax.tree.map(jnp.add, sums, new), dq))(*part(xs))  # noqa: E731
-        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(part, _part(xs, 0))[1:])
-        sums, dq = jax.lax.scan(add, list(zeros), xs)
+
+        def add(sums, xs):
+            dq, *new = part(xs)
+            return jax.tree.map(jnp.add, sums, new), dq
+
+        like = jax.eval_shape(lambda xs: part(_part(xs, 0))[1:], xs)
+        sums, dq = jax.lax.scan(add, [a and jnp.zeros(a.shape, a.dtype) for a in like], xs)
         dq = jnp.moveaxis(dq, 0, 2).reshape(*q.shape[:2], -1, q.shape[3])
     dk, dv = (_of_key_heads(a, k) for a in sums[:2])
     d_diagonal = None if diagonal is None else unskew(sums[2], layout)[:, ::-1]
@@ -217,12 +221,12 @@ def _attention_bwd(sizes, options, residuals, d_out):
 _attention.defvjp(_attention_fwd, _attention_bwd)
 
 
-def _head_bias(diagonal, layout, softcap):
+def _head_bias(diagonal, layout, softcap, reverse=False):
     if diagonal is None:
         return None
     diagonal = diagonal.astype(jnp.float32) * bias_unit(softcap)
-    far = diagonal[:, jnp.array([0, -1])]
-    return HeadBias(skew(diagonal, layout), far)
+    far = jnp.stack([diagonal[:, 0], diagonal[:, -1]], axis=1)
+    return HeadBias(skew(diagonal[:, ::-1] if reverse else diagonal, layout), far)
 
 
 def _of_key_heads(sums, k):
@@ -244,11 +248,11 @@ def _padded_intervals(sizes, intervals, blocks, parts):
     return jax.tree.map(lambda a: _split(a, 1, parts, length, mode="edge"), intervals)
 
 
-def _split(x, axis, parts, length, mode="constant"):
-    """Pads an axis to `parts * length` and moves the parts to the front."""
+def _split(x, axis, parts, length, **options):
+    """Pads an axis to `parts * length` as `jnp.pad` does and moves the parts to the front."""
     widths = [(0, 0)] * x.ndim
     widths[axis] = (0, parts * length - x.shape[axis])
-    x = jnp.pad(x, widths, mode=mode)
+    x = jnp.pad(x, widths, **options)
     return jnp.moveaxis(x.reshape(*x.shape[:axis], parts, length, *x.shape[axis + 1 :]), axis, 0)
 
 

@@ -59,7 +59,7 @@ def backward(
         return read(entries, entry(b, step))
 
     query_spec = pl.BlockSpec((None, None, blocks.queries, dim), lambda *a: (a[1], a[0], at(*a[:4])[0], 0))
-    key_spec = pl.BlockSpec((None, None, blocks.keys, dim), lambda *a: (a[1], a[0] // group, at(*a[:4])[1], 0))
+    key_spec = pl.BlockSpec((None, None, blocks.keys, dim), lambda *a: (a[1], jax.lax.div(a[0], group), at(*a[:4])[1], 0))
     sum_spec = pl.BlockSpec((None, None, blocks.keys, dim), lambda *a: (a[1], a[0], at(*a[:4])[1], 0))
     lane_spec = pl.BlockSpec((None, None, 1, blocks.queries), lambda *a: (a[1], a[0], 0, at(*a[:4])[0]))
     interval_spec = pl.BlockSpec(

@@ -54,7 +54,7 @@ def forward(
         return read(entries, entry(b, step))
 
     query_spec = pl.BlockSpec((None, None, blocks.queries, dim), lambda *a: (a[1], a[0], at(*a[:4])[0], 0))
-    key_spec = pl.BlockSpec((None, None, blocks.keys, dim), lambda *a: (a[1], a[0] // group, at(*a[:4])[1], 0))
+    key_spec = pl.BlockSpec((None, None, blocks.keys, dim), lambda *a: (a[1], jax.lax.div(a[0], group), at(*a[:4])[1], 0))
     lane_spec = pl.BlockSpec((None, None, 1, blocks.queries), lambda *a: (a[1], a[0], 0, at(*a[:4])[0]))
     interval_spec = pl.BlockSpec((None, 1, blocks.queries), lambda *a: (a[1] if per_row else 0, 0, at(*a[:4])[0]))
     rows = jax.tree.map(lambda a: a[:, None], intervals)  # [B or 1, 1, Sq]
