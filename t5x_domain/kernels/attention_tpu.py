@@ -96,18 +96,50 @@ def block_maps(geometry: Geometry, intervals: KeyIntervals | None, shift: jax.Ar
       shift: int32 scalar, a multiple of 128: position of the first key minus that of the first query.
     """
 
-    def build(rows, blocks, length, shift, by_key):
+    def build(rows, blocks, length, part, by_key):
         sizes = length // blocks.queries, math.ceil(geometry.key_length / blocks.keys), blocks
-        return block_map(rows, *sizes, far=geometry.far, shift=shift, by_key=by_key)
+        return block_map(rows, *sizes, far=geometry.far, shift=shift - part * length, by_key=by_key)
 
     rows = _padded_intervals(geometry, intervals, geometry.forward, 1)
     padded = _round_up(geometry.query_length, geometry.forward.queries)
-    forward_map = build(None if rows is None else _part(rows, 0), geometry.forward, padded, shift, False)
+    forward_map = build(_part(rows, 0), geometry.forward, padded, 0, False)
     rows = _padded_intervals(geometry, intervals, geometry.backward, geometry.parts)
-    backward_maps = jax.vmap(lambda rows, part: build(
-        rows, geometry.backward, geometry.part_length, shift - part * geometry.part_length, True
-    ))(rows, jnp.arange(geometry.parts, dtype=jnp.int32))
-    return Maps(forward_map, backward_maps)
+    of_part = functools.partial(build, blocks=geometry.backward, length=geometry.part_length, by_key=True)
+    parts = jnp.arange(geometry.parts, dtype=jnp.int32)
+    return Maps(forward_map, jax.vmap(lambda rows, part: of_part(rows, part=part))(rows, parts))
+
+
+class Alignment(NamedTuple):
+    """A shift in whole registers, which the kernels can do, and the rest, which their table of biases takes in."""
+
+    aligned: jax.Array
+    rest: jax.typing.ArrayLike
+    far: Far | None
+
+    @classmethod
+    def of(cls, shift: jax.typing.ArrayLike, bias: RelativeBias | None) -> "Alignment":
+        """For a position of the first key minus that of the first query."""
+        rest = shift % LANES
+        far = None
+        if bias is not None:
+            before, after = saturation(bias)
+            far = Far(before + (rest if isinstance(rest, int) else LANES - 1), after)
+        return cls(jnp.asarray(shift - rest, jnp.int32), rest, far)
+
+
+def plan_tpu(
+    query_length: int,
+    key_length: int,
+    head_dim: int,
+    *,
+    relative_bias: RelativeBias | None,
+    intervals: KeyIntervals | None,
+    shift: jax.typing.ArrayLike,
+    target: Chip | None = None,
+) -> Maps:
+    """What `attention_tpu` would build of the same arguments, to be built once for many layers."""
+    aligned, _, far = Alignment.of(shift, relative_bias)
+    return block_maps(geometry(query_length, key_length, _padded_dim(head_dim), far, target), intervals, aligned)
 
 
 def attention_tpu(
@@ -119,6 +151,7 @@ def attention_tpu(
     intervals: KeyIntervals | None,
     shift: jax.typing.ArrayLike,
     options: Options,
+    maps: Maps | None = None,
     target: Chip | None = None,
 ) -> jax.Array:
     """The part of `kernels.attention.attention` that computes; the other arguments are described there.
@@ -126,23 +159,23 @@ def attention_tpu(
     Args:
       intervals: keys that each query sees, [B or 1, Sq]; None if each sees all.
       shift: position of the first key minus that of the first query.
+      maps: of `plan_tpu`; None to build them.
       target: the chip to compile for, by default the present one.
     """
-    head_dim = next(size for size in _HEAD_DIMS if size >= q.shape[3])
+    head_dim = _padded_dim(q.shape[3])
     padding = (0, 0), (0, 0), (0, 0), (0, head_dim - q.shape[3])
     heads_first = lambda a: jnp.swapaxes(jnp.pad(a, padding), 1, 2)  # noqa: E731
-    # The kernels shift by whole registers; what is left is in the table.
-    rest = shift % LANES
-    diagonal, far = None, None
-    if relative_bias is not None:
-        before, after = saturation(relative_bias)
-        far = Far(before + (rest if isinstance(rest, int) else LANES - 1), after)
-        diagonal = diagonals(relative_bias, far.before + 1, far.after + 1, -rest)
+    aligned, rest, far = Alignment.of(shift, relative_bias)
+    diagonal = None if far is None else diagonals(relative_bias, far.before + 1, far.after + 1, -rest)
     sizes = geometry(q.shape[1], k.shape[1], head_dim, far, target)
-    aligned = jnp.asarray(shift - rest, jnp.int32)
-    maps = block_maps(sizes, intervals, aligned)
+    if maps is None:
+        maps = block_maps(sizes, intervals, aligned)
     out = _attention(*map(heads_first, (q, k, v)), diagonal, intervals, maps, aligned, sizes, options)
     return jnp.swapaxes(out, 1, 2)[..., : q.shape[3]]
+
+
+def _padded_dim(head_dim):
+    return next(size for size in _HEAD_DIMS if size >= head_dim)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8))
@@ -161,7 +194,7 @@ def _forward(q, k, v, diagonal, intervals, maps, shift, sizes, options):
         _pad_length(k, blocks.keys),
         _pad_length(v, blocks.keys),
         _head_bias(diagonal, layout, options.softcap),
-        None if rows is None else _part(rows, 0),
+        _part(rows, 0),
         maps.forward,
         shift,
         settings,

@@ -17,8 +17,9 @@ from t5x_domain.kernels.mask import KeyIntervals
 from t5x_domain.kernels.tpu.block_map import ACTIVE, AFTER, FIRST, LAST, NEAR, PARTIAL, BlockMap, read
 from t5x_domain.kernels.tpu.blocks import LANES
 from t5x_domain.kernels.tpu.logits import MASKED, base2_logits, dot
-from t5x_domain.kernels.tpu.settings import Settings, entry_index
+from t5x_domain.kernels.tpu.settings import Settings
 from t5x_domain.kernels.tpu.skewed_bias import HeadBias
+from t5x_domain.kernels.tpu.specs import block_specs
 
 
 def backward(
@@ -50,34 +51,21 @@ def backward(
       if it were added to the logits as it is; None without a bias.
     """
     (batch, heads, query_length, dim), (kv_heads, key_length) = q.shape, k.shape[1:3]
-    blocks, masked = settings.blocks, intervals is not None
-    group = heads // kv_heads
-    entry = entry_index(pairs, intervals)
-    per_row = masked and len(intervals.start) > 1
-
-    def at(h, b, step, entries):
-        return read(entries, entry(b, step))
-
-    query_spec = pl.BlockSpec((None, None, blocks.queries, dim), lambda *a: (a[1], a[0], at(*a[:4])[0], 0))
-    key_spec = pl.BlockSpec((None, None, blocks.keys, dim), lambda *a: (a[1], jax.lax.div(a[0], group), at(*a[:4])[1], 0))
-    sum_spec = pl.BlockSpec((None, None, blocks.keys, dim), lambda *a: (a[1], a[0], at(*a[:4])[1], 0))
-    lane_spec = pl.BlockSpec((None, None, 1, blocks.queries), lambda *a: (a[1], a[0], 0, at(*a[:4])[0]))
-    interval_spec = pl.BlockSpec(
-        (None, 1, blocks.queries), lambda *a: (a[1] if per_row else 0, 0, at(*a[:4])[0])
-    )
+    blocks = settings.blocks
+    specs = block_specs(pairs, intervals, blocks, dim, heads // kv_heads)
     whole_spec = pl.BlockSpec((None, None, query_length, dim), lambda h, b, *_: (b, h, 0, 0))
     rows = jax.tree.map(lambda a: a[:, None], intervals)  # [B or 1, 1, Sq]
     skewed, far = (None, jnp.zeros(1)) if bias is None else (bias.skewed, bias.far.reshape(-1))
-    head_spec = None if bias is None else pl.BlockSpec((None, *skewed.shape[1:]), lambda h, *_: (h, 0, 0))
+    head_spec = None if bias is None else specs.head(skewed.shape)
     sums = jax.ShapeDtypeStruct((batch, heads, key_length, dim), sum_dtype)
     return pl.pallas_call(
-        functools.partial(_kernel, settings=settings, entry=entry),
+        functools.partial(_kernel, settings=settings, entry=specs.entry),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
             grid=(heads, batch, pairs.steps),
-            in_specs=[query_spec, key_spec, key_spec, head_spec, jax.tree.map(lambda _: interval_spec, rows)]
-            + [query_spec, lane_spec, lane_spec],
-            out_specs=[whole_spec, sum_spec, sum_spec, head_spec],
+            in_specs=[specs.query, specs.key, specs.key, head_spec, jax.tree.map(lambda _: specs.interval, rows)]
+            + [specs.query, specs.lane, specs.lane],
+            out_specs=[whole_spec, specs.key_sum, specs.key_sum, head_spec],
             scratch_shapes=[pltpu.VMEM((query_length, dim), jnp.float32)]
             + [pltpu.VMEM((blocks.keys, dim), jnp.float32)] * 2,
         ),

@@ -80,7 +80,7 @@ def block_map(
     return BlockMap(entries.reshape(-1), count.max())
 
 
-def read(entries, index):
+def read(entries, index) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Row, column and flags of an entry, inside a kernel."""
     entry = entries[index]
     return entry >> _ROW, (entry >> _COLUMN) & _INDEX, entry & (2**_COLUMN - 1)
@@ -120,7 +120,8 @@ def _compress(needed, entries, group_shift):
     running = jnp.cumsum(needed.astype(jnp.int32))
     count = running[-1]
     position = jnp.arange(len(entries), dtype=jnp.int32)
-    index = jnp.searchsorted(running, jnp.minimum(position, count - 1) + 1).astype(jnp.int32)
+    # Unrolled, so that XLA can move all of this out of a loop over layers.
+    index = jnp.searchsorted(running, jnp.minimum(position, count - 1) + 1, method="scan_unrolled").astype(jnp.int32)
     packed = entries[index]
     group = packed >> group_shift & _INDEX
     inside = position < count

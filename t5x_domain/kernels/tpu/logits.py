@@ -16,7 +16,9 @@ def bias_unit(softcap: float | None) -> float:
     return LOG2E if softcap is None else 1.0 / softcap
 
 
-def base2_logits(products, bias, *, scale: float, softcap: float | None):
+def base2_logits(
+    products: jax.Array, bias: jax.Array | None, *, scale: float, softcap: float | None
+) -> tuple[jax.Array, jax.Array | None]:
     """log2(e) times the capped logits, and the cap's derivative (None without one).
 
     Args:
@@ -32,7 +34,7 @@ def base2_logits(products, bias, *, scale: float, softcap: float | None):
     return capped * (softcap * LOG2E), 1.0 - capped * capped
 
 
-def dot(a, b, contract_a: int, contract_b: int):
+def dot(a: jax.Array, b: jax.Array, contract_a: int, contract_b: int) -> jax.Array:
     """Product of two matrices along the given dimensions, summed in float32; float32 factors are not rounded."""
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     dimensions = (((contract_a,), (contract_b,)), ((), ()))

@@ -1,12 +1,10 @@
 """What the TPU kernels know when they are traced."""
 
 import dataclasses
-from collections.abc import Callable
 
 from jax.experimental.pallas import tpu as pltpu
 
-from t5x_domain.kernels.mask import KeyIntervals
-from t5x_domain.kernels.tpu.block_map import ACTIVE, NEAR, PARTIAL, BlockMap
+from t5x_domain.kernels.tpu.block_map import ACTIVE, NEAR, PARTIAL
 from t5x_domain.kernels.tpu.blocks import Blocks
 from t5x_domain.kernels.tpu.skewed_bias import SkewedLayout
 
@@ -39,11 +37,3 @@ class Settings:
         near = (False,) if self.layout is None else (False, True)
         branches = self.branches or [(p, n) for p in partial for n in near]
         return [(ACTIVE | PARTIAL * p | NEAR * n, p, n) for p, n in branches]
-
-
-def entry_index(pairs: BlockMap, intervals: KeyIntervals | None) -> Callable:
-    """Where the entry of a row of the batch and a step stands in `pairs`."""
-    if intervals is None or len(intervals.start) == 1:
-        return lambda b, step: step
-    largest = len(pairs.entries) // len(intervals.start)
-    return lambda b, step: b * largest + step

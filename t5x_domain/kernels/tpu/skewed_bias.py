@@ -39,11 +39,11 @@ class SkewedLayout:
         """Lanes of the table."""
         return self.origin + self.lanes + _round_up(self.far.after + LANES - 1)
 
-    def offset(self, distance):
+    def offset(self, distance: jax.typing.ArrayLike) -> jax.Array:
         """First lane of 128 rows whose first row lies `distance` (a multiple of 128) left of their first column."""
         return jnp.clip(self.origin + distance, 0, self.width - self.lanes)
 
-    def window(self, distance):
+    def window(self, distance: jax.typing.ArrayLike) -> jax.Array:
         """First lane of a 128 x 128 tile of which only the sum over each diagonal matters."""
         return jnp.clip(self.origin + distance, 0, self.width - LANES)
 
