@@ -66,7 +66,8 @@ def geometry(
 ) -> Geometry:
     """Sizes for a chip, by default the one that is compiled for."""
     target = target or chip()
-    parts = math.ceil(query_length / target.resident_queries(head_dim))
+    whole_blocks = target.resident_queries(head_dim) // target.backward[head_dim].queries
+    parts = math.ceil(query_length / (whole_blocks * target.backward[head_dim].queries))
     return Geometry(
         query_length,
         key_length,
