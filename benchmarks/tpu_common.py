@@ -33,31 +33,22 @@ class Chip:
       kind: its name among JAX's devices.
       topology: the smallest slice that libtpu describes.
       options: further arguments of `get_topology_desc`.
-      mxu_size: rows and columns of a matrix unit.
-      mxus: matrix units in a TensorCore.
       vmem: bytes of vector memory of a TensorCore.
     """
 
     kind: str
     topology: str
     options: dict
-    mxu_size: int
-    mxus: int
     vmem: int
-
-    @property
-    def flops_per_cycle(self):
-        """bf16 operations of a TensorCore in a cycle."""
-        return 2 * self.mxus * self.mxu_size**2
 
 
 _MEGACORE = {"chip_config_name": "megacore"}
 CHIPS = {
-    "v4": Chip("TPU v4", "v4:2x2x1", _MEGACORE, 128, 4, 16 << 20),
-    "v5e": Chip("TPU v5 lite", "v5e:2x2", {}, 128, 4, 128 << 20),
-    "v5p": Chip("TPU v5", "v5p:2x2x1", _MEGACORE, 128, 4, 64 << 20),
-    "v6e": Chip("TPU v6 lite", "v6e:2x2", {}, 256, 2, 128 << 20),
-    "tpu7x": Chip("TPU7x", "tpu7x:2x2x1", {}, 256, 2, 64 << 20),
+    "v4": Chip("TPU v4", "v4:2x2x1", _MEGACORE, 16 << 20),
+    "v5e": Chip("TPU v5 lite", "v5e:2x2", {}, 128 << 20),
+    "v5p": Chip("TPU v5", "v5p:2x2x1", _MEGACORE, 64 << 20),
+    "v6e": Chip("TPU v6 lite", "v6e:2x2", {}, 128 << 20),
+    "tpu7x": Chip("TPU7x", "tpu7x:2x2x1", {}, 64 << 20),
 }
 
 
@@ -66,8 +57,9 @@ def compile_all(cases, *, bundles=False):
 
     Args:
       cases: dicts of plain JSON: "chip", a name of CHIPS; "builder", "module:function" beside this file, which is
-        called with the topology's devices and the case's "arguments" and gives (function, arguments with shardings);
-        perhaps "topology", a larger slice than the chip's smallest, e.g. "v5e:4x4".
+        called with the topology's devices and the case's "arguments" and gives (function, arguments with shardings) or
+        (function, arguments, mesh of the shardings); perhaps "topology", a larger slice than the chip's smallest, e.g.
+        "v5e:4x4".
       bundles: also count the bundles of each Pallas kernel.
 
     Yields:
@@ -119,9 +111,10 @@ def _compile(dump, chip, builder, arguments, topology=None):
     )
     module, _, name = builder.partition(":")
     began = time.perf_counter()
-    function, shapes = getattr(importlib.import_module(module), name)(devices=described.devices, **arguments)
+    function, shapes, *mesh = getattr(importlib.import_module(module), name)(devices=described.devices, **arguments)
     # Kernels ask for the chip while they are traced, through the mesh in context.
-    with jax.sharding.use_abstract_mesh(abstract_mesh(described.devices)):
+    context = mesh[0].abstract_mesh if mesh else abstract_mesh(described.devices)
+    with jax.sharding.use_abstract_mesh(context):
         traced = (function if hasattr(function, "trace") else jax.jit(function)).trace(*shapes)
         compiled = traced.lower(lowering_platforms=("tpu",)).compile()
     memory, text = compiled.memory_analysis(), compiled.as_text()

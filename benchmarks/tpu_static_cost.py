@@ -147,6 +147,13 @@ def measure_ours():
             names = KINDS if bias else ("plain",)
             here.setdefault(direction, {}).update(zip(names, costs, strict=True))
             here[direction]["blocks"] = [blocks.queries, blocks.keys, blocks.chunk]
+            print(
+                case["chip"],
+                dim,
+                direction,
+                *(f"{n} {c['bundles']}" for n, c in zip(names, costs, strict=True)),
+                flush=True,
+            )
     return result
 
 
