@@ -116,10 +116,17 @@ def kernel_report(case, report):
     }
 
 
+def model_report(case, report):
+    """As `kernel_report`, of a train step."""
+    found = {key: case[key] for key in ("chip", "topology", "arguments")}
+    if "error" in report:
+        return found | {"error": report["error"]}
+    return found | {key: report[key] for key in ("seconds", "memory")} | {"largest_buffers": report["buffers"][:5]}
+
+
 def kernel_failures(results):
-    """What must not be, in words."""
-    for r in results:
-        name = f"{r['chip']} S={r['length']} D={r['head_dim']}"
+    """What must not be, in words; `results` by name."""
+    for name, r in results.items():
         if "error" in r:
             yield f"{name}: {r['error'][-600:]}"
             continue
@@ -127,19 +134,12 @@ def kernel_failures(results):
             yield f"{name}: arrays of queries times keys {r['quadratic_buffers']}"
         if over := {k: n for k, n in r["scoped_vmem"].items() if n > CHIPS[r["chip"]].vmem}:
             yield f"{name}: kernels ask for more VMEM than there is {over}"
-    for r in results:
-        shorter = [
-            s
-            for s in results
-            if (s["chip"], s["head_dim"]) == (r["chip"], r["head_dim"])
-            and LINEAR_FROM <= s["length"] < r["length"]
-            and "error" not in s | r
-        ]
-        for s in shorter:
-            growth = r["temporary_bytes"] / r["length"] / (s["temporary_bytes"] / s["length"])
-            if growth > LINEAR_LIMIT:
-                at = f"{r['chip']} D={r['head_dim']} S={r['length']}"
-                yield f"{at}: {growth:.2f} times the memory of a token at S={s['length']}"
+        for other, s in results.items():
+            same = (s["chip"], s["head_dim"]) == (r["chip"], r["head_dim"])
+            if same and "error" not in s and LINEAR_FROM <= s["length"] < r["length"]:
+                growth = r["temporary_bytes"] / r["length"] / (s["temporary_bytes"] / s["length"])
+                if growth > LINEAR_LIMIT:
+                    yield f"{name}: {growth:.2f} times the memory of a token of {other}"
 
 
 def main():
@@ -151,23 +151,22 @@ def main():
     parser.add_argument("--output", type=Path, default=RESULTS / "tpu_aot.json")
     flags = parser.parse_args()
     written = json.loads(flags.output.read_text()) if flags.output.exists() else {}
-    results, failures = [], []
+    # What is not compiled now stays in the result as it was.
+    results = written.setdefault("models" if flags.models else "attention", {})
     if flags.models:
         cases = [{"builder": "tpu_aot:train_step", **case} for case in MODELS.values()]
-        for name, report in zip(MODELS, compile_all(cases), strict=True):
-            report.pop("vmem", None)
-            report["buffers"] = report.get("buffers", [])[:5]
-            results.append({"model": name, **MODELS[name], **report})
-            print(json.dumps(results[-1]), flush=True)
-            failures += [f"{name}: {report['error'][-600:]}"] if "error" in report else []
+        names, to_result = list(MODELS), model_report
     else:
         cases = kernel_cases(flags.chips, flags.lengths, flags.head_dims)
-        for case, report in zip(cases, compile_all(cases), strict=True):
-            results.append(kernel_report(case, report))
-            print(json.dumps(results[-1]), flush=True)
-        failures = list(kernel_failures(results))
-    written |= {"environment": environment("jax", "libtpu"), "models" if flags.models else "attention": results}
-    flags.output.write_text(json.dumps(written, indent=1) + "\n")
+        names = ["{chip} S={arguments[length]} D={arguments[head_dim]}".format(**case) for case in cases]
+        to_result = kernel_report
+    for name, case, report in zip(names, cases, compile_all(cases), strict=True):
+        results[name] = to_result(case, report)
+        print(name, json.dumps(results[name]), flush=True)
+        written["environment"] = environment("jax", "libtpu")
+        flags.output.write_text(json.dumps(written, indent=1) + "\n")
+    failed = [f"{name}: {r['error'][-600:]}" for name, r in results.items() if "error" in r]
+    failures = failed if flags.models else list(kernel_failures(results))
     for failure in failures:
         print("FAILED", failure)
     print(f"{len(results)} programs, {len(failures)} failures")
