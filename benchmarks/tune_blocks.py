@@ -12,7 +12,6 @@ the chip's vector memory are left out by the compiler.
 import argparse
 import json
 import math
-import pprint
 import runpy
 import sys
 from pathlib import Path
@@ -97,11 +96,11 @@ def measure(chips, head_dims, candidates):
 
 def write_table(rows):
     """`rows`: {direction: {(device kind, head_dim): blocks}}."""
-    text = [
-        '"""Written by benchmarks/tune_blocks.py: (queries, keys, keys at once) by (device kind, head_dim)."""',
-        *(f"\n{direction.upper()} = {pprint.pformat(rows[direction], width=110)}" for direction in DIRECTIONS),
-    ]
-    TABLE.write_text("\n".join(text) + "\n")
+    text = '"""Written by benchmarks/tune_blocks.py: (queries, keys, keys at once) by (device kind, head_dim)."""\n'
+    for direction in DIRECTIONS:
+        lines = [f'    ("{kind}", {head_dim}): {blocks},\n' for (kind, head_dim), blocks in rows[direction].items()]
+        text += f"\n{direction.upper()} = {{\n{''.join(lines)}}}\n"
+    TABLE.write_text(text)
 
 
 def known_rows():
