@@ -61,7 +61,7 @@ def test_it_is_attention(length, rows, kv_heads, splits, with_bias, softcap, dty
     found = merged(parts, (own * LOG2E, own_value.astype(jnp.float32)))
     expected = reference(q, keys, values, start, stop, bias, own_key, own_value, scale, softcap)
     # Weights are rounded to the values' dtype, at most half a unit in the last place each; they add up to 1. Logits of
-    # DIM products err by DIM/2 units of float32 relative to the sum of their sizes, below 8 here, and their exp as much.
+    # DIM products err by DIM/2 units of float32 relative to the sum of their sizes, below 8, and their exp as much.
     largest = float(np.abs(np.asarray(values, np.float64)).max(initial=4.0))
     bound = largest * (float(jnp.finfo(dtype).eps) / 2 + 2 * 8 * DIM * 2.0**-24)
     np.testing.assert_allclose(found, expected, atol=bound, rtol=0)

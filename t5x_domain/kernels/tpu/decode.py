@@ -80,12 +80,13 @@ def attend_to_cache(
     cache_spec = pl.BlockSpec((None, kv_heads, block, dim), lambda *a: (a[0], 0, seen_block(*a), 0))
     row_spec = pl.BlockSpec((None, *rows.shape[1:]), lambda b, *_: (b, 0, 0, 0))
     bias_spec = None if bias is None else pl.BlockSpec((*bias.shape[:2], block), lambda *a: (0, 0, seen_block(*a)))
-    part = (
-        lambda width: (  # noqa: E731
+
+    def part(width: int) -> tuple[pl.BlockSpec, jax.ShapeDtypeStruct]:
+        return (
             pl.BlockSpec((None, None, *rows.shape[1:3], width), lambda b, n, *_: (b, n, 0, 0, 0)),
             jax.ShapeDtypeStruct((batch, splits, *rows.shape[1:3], width), jnp.float32),
         )
-    )
+
     specs, shapes = zip(part(dim), part(LANES), part(LANES), strict=True)
     out, top, total = pl.pallas_call(
         functools.partial(_kernel, block=block, steps=steps, scale=scale, softcap=softcap),
