@@ -32,13 +32,15 @@ $(HF_VENV)/.ready:
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
-bench: setup
+# With FLAN_T5_SMALL also what needs that model, and torch beside it.
+bench: setup $(if $(FLAN_T5_SMALL),$(HF_VENV)/.ready)
 	$(BIN)/python benchmarks/data_pipeline.py
 	$(BIN)/python benchmarks/packing.py
 	$(BIN)/python benchmarks/objectives.py
 	$(BIN)/python benchmarks/train_step.py
+	$(if $(FLAN_T5_SMALL),$(BIN)/python benchmarks/decode.py --model $(FLAN_T5_SMALL) --torch_python $(HF_VENV)/bin/python)
 
-# An hour or so; docs/studies/ holds what they write.
+# An hour or so; docs/studies/ holds what they write. case_study.py and synonyms.py want corpora and a model, see there.
 studies: setup
 	$(BIN)/python benchmarks/studies/ul2_ablation.py
 	$(BIN)/python benchmarks/studies/meco.py

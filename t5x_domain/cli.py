@@ -16,7 +16,7 @@ from t5x_domain.errors import UserError
 VERBS = {
     "prepare": "train a vocabulary and tokenise corpora into the token cache",
     "train": "train a model from a prepared token cache",
-    "evaluate": "perplexity and bits per byte of a checkpoint, by corpus",
+    "evaluate": "perplexity of a run's held-out text by corpus and metadata, or a model's scores on tasks",
     "infer": "what a model writes for inputs, or which answer it chooses",
     "finetune": "fine-tune a model on a labelled task, over several seeds",
     "compare": "a domain model against its base: verdict.json and report.html",

@@ -7,14 +7,13 @@ import argparse
 import functools
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from t5x_domain import cli
 from t5x_domain.errors import UserError
 
 if TYPE_CHECKING:
-    from t5x_domain.data.tasks import Component
     from t5x_domain.evaluation.by_metadata import SomeDocuments
     from t5x_domain.objectives.prefix import Mode
     from t5x_domain.training.feed import Feed
@@ -79,7 +78,7 @@ def _evaluate(flags: argparse.Namespace, bindings: Sequence[str]) -> None:
     scores = feed.held_out(eval_step, params, **asked)
     for name, component in zip(scores, feed.eval_components, strict=True):
         if component.corpus.name in groups:
-            batches = functools.partial(_batches, run, feed, component, component.conditioned(**asked))
+            batches = functools.partial(feed.of_documents, component, **asked)
             values = scores_by_value(groups[component.corpus.name], eval_step, params, batches, run.vocabulary)
             scores[name]["by"] = {flags.by: values}
     print(json.dumps(scores, indent=1, ensure_ascii=False))
@@ -109,34 +108,6 @@ def _groups(run: "Run", feed: "Feed", field: str) -> dict[str, dict[str, "SomeDo
     having = {name: split for name, split in splits.items() if field in split.metadata_fields}
     # If none has it, the first says what it has instead.
     return {name: documents_by_value(split, field) for name, split in (having or splits).items()}
-
-
-def _batches(
-    run: "Run", feed: "Feed", trained: "Component", asked: "Component", documents: "SomeDocuments"
-) -> Iterator[Mapping[str, Any]]:
-    """One pass over some documents, in rows as `Feed.held_out` makes them of all."""
-    import jax
-
-    from t5x_domain.data.loader import Batches
-    from t5x_domain.data.tasks import Mixture
-    from t5x_domain.training.feed import LAYOUTS
-
-    batches = Batches(
-        [documents],
-        Mixture(name=asked.name, components=[asked]),
-        run.vocabulary,
-        lengths=run.lengths,
-        layout=LAYOUTS[run.model],
-        batch_size=run.batch_size,
-        seed=run.seed,
-        packing=run.packing,
-        host=jax.process_index(),
-        num_hosts=jax.process_count(),
-        epochs=1,
-        room_for=trained,
-    )
-    for step in range(min(batches.num_steps, run.eval_batches or batches.num_steps)):
-        yield feed.put(batches[step])
 
 
 def _metadata(flag: str | None) -> str | dict | None:

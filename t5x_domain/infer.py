@@ -1,6 +1,7 @@
 """`python -m t5x_domain.infer --model=DIR --input=FILE.jsonl --output=FILE.jsonl`: what a model writes for inputs."""
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = cli.parser("infer")
     parser.add_argument("--model", required=True, metavar="DIR", help="a run, or a folder of a model in any format")
     parser.add_argument("--input", metavar="FILE", help="JSON lines (.gz and .zst welcome)")
-    parser.add_argument("--text_field", metavar="NAME", help="its field that the model reads (default: text)")
+    parser.add_argument(
+        "--text_field",
+        metavar="NAME",
+        help="its field that the model reads (default: of a fine-tuned model what its task reads, else text)",
+    )
     parser.add_argument("--seqio_task", metavar="NAME", help="a registered SeqIO task instead of --input")
     parser.add_argument("--seqio_module", metavar="MODULE", help="module that registers it")
     parser.add_argument("--split", metavar="NAME", help="its split (default: test)")
@@ -47,8 +52,14 @@ def _infer(flags: argparse.Namespace, bindings: Sequence[str]) -> None:
     decoding = cli.build(Decoding)
     if flags.choices is not None and len(set(flags.choices.split("|"))) < 2:
         raise UserError(f"--choices={flags.choices}: give at least two different answers with | between.")
-    if _reads_plain_texts(flags):
-        _answer_file(flags, _embedder(flags) if flags.embed else _predictor(flags), decoding)
+    reads_plain_texts = _reads_plain_texts(flags)
+    # Not `!= Decoding()`, which gin would configure as well.
+    changed = [field.name for field in dataclasses.fields(decoding) if getattr(decoding, field.name) != field.default]
+    if changed and (reads_plain_texts or flags.choices):
+        raise UserError(f"Decoding.{changed[0]} is set, but nothing is written here; leave it out.")
+    if reads_plain_texts:
+        model, answer = _embedder(flags) if flags.embed else _predictor(flags)
+        _answer_file(flags, model, answer, decoding)
         return
     model = open_model(flags.model)
     # A shell gives "\n" as two characters.
@@ -57,7 +68,7 @@ def _infer(flags: argparse.Namespace, bindings: Sequence[str]) -> None:
     if not flags.interactive:
         answer = _chooser(flags, model) if flags.choices else _writer(flags, model, decoding)
         read = lambda request: model.inputs(request.text, conditions.prefix(request.fields))  # noqa: E731
-        _answer_file(flags, lambda asked, first: answer([read(request) for request in asked], first), decoding)
+        _answer_file(flags, model, lambda asked, first: answer([read(request) for request in asked], first), decoding)
         return
     from t5x_domain.inference.interactive import HELP, converse
 
@@ -95,20 +106,23 @@ def _reads_plain_texts(flags: argparse.Namespace) -> bool:
 
 
 def _answer_file(
-    flags: argparse.Namespace, answer: "Callable[[list[Request], int], list[dict[str, Any]]]", decoding: Any
+    flags: argparse.Namespace,
+    model: "Opened",
+    answer: "Callable[[list[Request], int], list[dict[str, Any]]]",
+    decoding: Any,
 ) -> None:
     """Writes what `answer` says to requests and the number of the first of them."""
     import itertools
 
     from tqdm import tqdm
 
+    from t5x_domain.conversion.formats import state_of
     from t5x_domain.inference.records import Answers, fingerprint
 
-    requests = list(_requests(flags))
+    requests = list(_requests(flags, model))
     asked = {
-        "model": flags.model,
-        "input": fingerprint(flags.input) if flags.input else [flags.seqio_task, flags.split or "test"],
-        "text_field": flags.text_field or "text",
+        "model": state_of(flags.model, "--model"),
+        "input": fingerprint(requests),
         "mode": flags.mode,
         "metadata": flags.metadata,
         "choices": flags.choices,
@@ -128,11 +142,14 @@ def _answer_file(
     print(f"{flags.output}: {len(requests):,} answers")
 
 
-def _requests(flags: argparse.Namespace) -> "Iterable[Request]":
+def _requests(flags: argparse.Namespace, model: "Opened") -> "Iterable[Request]":
     from t5x_domain.inference.records import Request, read_requests
 
     if flags.input:
-        return read_requests(flags.input, flags.text_field or "text")
+        learnt = model.facts.get("input_template", "{text}")
+        if not flags.text_field and learnt != "{text}":
+            print(f"inputs are made as in fine-tuning: {learnt!r}; --text_field=NAME takes those of a field")
+        return read_requests(flags.input, f"{{{flags.text_field}}}" if flags.text_field else learnt)
     from t5x_domain.data.labelled import SeqioTask
 
     task = SeqioTask(flags.seqio_task, flags.seqio_module)
@@ -168,19 +185,20 @@ def _chooser(flags: argparse.Namespace, model: "Opened") -> Any:
     return answer
 
 
-def _predictor(flags: argparse.Namespace) -> Any:
+def _predictor(flags: argparse.Namespace) -> "tuple[Opened, Any]":
     from t5x_domain.inference.heads import Predictor, open_head
 
-    predict = Predictor(open_head(flags.model), batch_size=flags.batch_size)
+    headed = open_head(flags.model)
+    predict = Predictor(headed, batch_size=flags.batch_size)
 
     def answer(requests: "list[Request]", first: int) -> list[dict[str, Any]]:
         del first
         return [{"prediction": prediction} for prediction in predict([request.text for request in requests])]
 
-    return answer
+    return headed.model, answer
 
 
-def _embedder(flags: argparse.Namespace) -> Any:
+def _embedder(flags: argparse.Namespace) -> "tuple[Opened, Any]":
     from t5x_domain.inference.embedding import Embedder
     from t5x_domain.inference.heads import has_head, open_head
     from t5x_domain.inference.opened import open_model
@@ -192,7 +210,7 @@ def _embedder(flags: argparse.Namespace) -> Any:
         del first
         return [{"embedding": vector.tolist()} for vector in embed([request.text for request in requests])]
 
-    return answer
+    return model, answer
 
 
 def _typed() -> Iterable[str]:

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
@@ -166,6 +167,9 @@ def test_hidden_words_are_the_same_whatever_the_vocabulary(tmp_path):
     assert [len(span) for span in words] == [2, 2]  # of 21 words: blocks of 14 and 7
     assert num_bytes == sum(len(f" {' '.join(span)}") for span in words)
     assert all(f" {' '.join(span)}" in f" {WORDS}" for span in words)
+    # With bytes nothing but the sentinels stands between what is shown: no word is joined to the next.
+    shown = re.sub("<extra_id_.>", " HIDDEN", BYTES.decode(hidden_words(WORDS, BYTES, [0, 1]).inputs))
+    assert len(shown.split()) == len(WORDS.split()) - 2 * 2 + 2
 
 
 def test_corrupted_documents_depend_on_the_seed_alone_and_lose_nothing():
@@ -244,6 +248,15 @@ def test_fine_tuned_models_are_read_by_seed_and_curves_averaged(tmp_path):
     assert (targets, list(before), list(after)) == (["yes"] * 6, [0, 10], [0, 1])
     assert before[10] == ["no"] * 6
     assert one.curves() == {"claims: training loss": {"base": [(1, 6.0), (2, 7.0)], "adapted": [(1, 1.5), (2, 2.5)]}}
+
+
+def test_settings_in_which_fine_tunings_differ_are_noted(tmp_path):
+    one = FineTuned("claims", *(write_fine_tuning(tmp_path / name, (0, 1), "no") for name in ("base", "adapted")))
+    assert one.differences() == []
+    for name, steps in (("base", 10), ("adapted", 20)):
+        said = {"FineTuning.steps": steps, "FineTuning.init_from": name, "FineTuning.batch_size": 4}
+        (tmp_path / name / "finetune.json").write_text(json.dumps(said))
+    assert one.differences() == ["FineTuning.steps"]
 
 
 def test_predictions_may_hold_any_character(tmp_path):

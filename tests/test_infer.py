@@ -1,5 +1,6 @@
 """`infer` as a user runs it: files, interruptions, prompts and mistakes."""
 
+import dataclasses
 import json
 import shutil
 
@@ -24,6 +25,7 @@ from t5x_domain.training.state import Blueprint
 
 BYTES = ByteVocabulary(extra_ids=8)
 SHAPE = {"vocab_size": BYTES.vocab_size, "embed_dim": 8, "mlp_dim": 12, "num_heads": 2, "head_dim": 4}
+SHORT = "--gin.Decoding.max_tokens=6"
 TEXTS = ["one", "two words", "a third line", "four"]
 
 
@@ -51,7 +53,7 @@ def asked(tmp_path):
 
 def run(*flags) -> int:
     with pytest.raises(SystemExit) as exit_:
-        infer.main([*map(str, flags), "--gin.Decoding.max_tokens=6"])
+        infer.main([*map(str, flags)])
     return exit_.value.code
 
 
@@ -61,21 +63,21 @@ def answers(path):
 
 def test_every_record_gets_its_answer(models, asked, tmp_path):
     out = tmp_path / "out.jsonl"
-    assert run("--model", models / "both", "--input", asked, "--output", out, "--batch_size", 2) == 0
+    assert run("--model", models / "both", "--input", asked, "--output", out, "--batch_size", 2, SHORT) == 0
     assert [(a["id"], a["text"]) for a in answers(out)] == list(enumerate(TEXTS))
     assert all(len(a["outputs"]) == 1 and isinstance(a["outputs"][0]["score"], float) for a in answers(out))
     assert not list(tmp_path.glob("*.partial"))
 
 
 def test_an_interrupted_file_goes_on_to_the_same_answers(models, asked, tmp_path, monkeypatch):
-    flags = ["--model", models / "both", "--input", asked, "--batch_size", 1, "--gin.Decoding.temperature=1.0"]
+    flags = ["--model", models / "both", "--input", asked, "--batch_size", 1, SHORT, "--gin.Decoding.temperature=1.0"]
     whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
     monkeypatch.setattr(infer, "_BATCHES_A_SAVE", 1)
     assert run(*flags, "--output", whole) == 0
 
     calls, answer = [], generator_module.Generator.__call__
 
-    def stops(self, inputs, *, first=0):
+    def stops(self, inputs, *, first=0, params=None):
         calls.append(first)
         if len(calls) == 3:
             raise KeyboardInterrupt
@@ -164,8 +166,19 @@ def test_parameters_stay_float32_whatever_the_products_are(models):
         ([], "give one of --input=FILE"),
         (["--input", "IN"], "--output=FILE is missing"),
         (["--input", "nothing.jsonl", "--output", "o"], "--input=nothing.jsonl: there is no such file"),
-        (["--input", "IN", "--output", "OUT", "--text_field", "body"], "line 1: no text in a field 'body'"),
+        (
+            ["--input", "IN", "--output", "OUT", "--text_field", "body"],
+            "line 1: there is no field 'body', only id, text; name",
+        ),
         (["--input", "IN", "--output", "OUT", "--choices", "yes"], "at least two different answers"),
+        (
+            ["--input", "IN", "--output", "OUT", "--choices", "yes|no", SHORT],
+            "Decoding.max_tokens is set, but nothing is written here",
+        ),
+        (
+            ["--input", "IN", "--output", "OUT", "--embed", SHORT],
+            "Decoding.max_tokens is set, but nothing is written here",
+        ),
         (["--input", "IN", "--output", "OUT", "--metadata", "{date}"], "needs the fields date"),
         (["--input", "IN", "--output", "OUT", "--split", "test"], "--split has no effect without --seqio_task"),
         (["--interactive", "--output", "OUT"], "leave out --output"),
@@ -216,6 +229,24 @@ def test_a_model_with_a_head_answers_with_it(headed, asked, tmp_path, capsys):
     for flag, said in ((("--choices", "a|b"), "--choices"), (("--mode", "[S2S]"), "--mode")):
         assert run(*flags, *flag) == 2
         assert f"{said} does not go with a model with head.npz" in capsys.readouterr().err
+
+
+def test_inputs_are_made_as_in_fine_tuning(models, asked, tmp_path, capsys):
+    model = random_checkpoint(
+        EncoderDecoder,
+        ModelConfig(**SHAPE, dtype="float32", num_encoder_layers=1, num_decoder_layers=1),
+        vocabulary=BYTES,
+    )
+    tuned = dataclasses.replace(model, facts={"input_template": "item {id}: {text}"})
+    write_checkpoint(tuned, str(tmp_path / "tuned"), "native")
+    flags = ["--model", tmp_path / "tuned", "--choices", "yes|no"]
+    assert run(*flags, "--input", asked, "--output", tmp_path / "found.jsonl") == 0
+    assert "'item {id}: {text}'" in capsys.readouterr().out
+    ready = tmp_path / "ready.jsonl"
+    ready.write_text("".join(json.dumps({"body": f"item {i}: {text}"}) + "\n" for i, text in enumerate(TEXTS)))
+    assert run(*flags, "--input", ready, "--text_field", "body", "--output", tmp_path / "expected.jsonl") == 0
+    found, expected = (answers(tmp_path / f"{name}.jsonl") for name in ("found", "expected"))
+    assert [answer["scores"] for answer in found] == [answer["scores"] for answer in expected]
 
 
 def test_a_decoder_alone_embeds_nothing(models, asked, tmp_path, capsys):

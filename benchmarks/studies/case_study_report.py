@@ -1,6 +1,7 @@
 """What the case study reports: every figure of every arm, wins and losses alike, as a page and as JSON."""
 
 import dataclasses
+import json
 import statistics
 from pathlib import Path
 
@@ -36,6 +37,7 @@ def write_report(study, name, found, path):
         "tf_idf": {key: found["tf_idf"][key] for key in ("C", "scores")},
         "terms": {arm: found[f"terms-{arm}"]["scores"] for arm in ARMS},
         "comparisons": {_pair(*pair): _entries(found["_vs_".join(pair)]) for pair in PAIRS},
+        "seen": _seen(study),
         "minutes": {
             stage: sum(result["seconds"] for job, result in found.items() if job.startswith(prefixes)) / 60
             for stage, prefixes in STAGES.items()
@@ -47,6 +49,18 @@ def write_report(study, name, found, path):
     path.write_text(page(report), encoding="utf-8")
     print(f"{tally(report)}\n\n{path}")
     print("\n".join(str(Path(study.work_dir, "verdicts", "_vs_".join(pair), "report.html")) for pair in PAIRS))
+
+
+def _seen(study):
+    """How many test items of the labelled task stand word for word in a training document of the domain."""
+
+    def records(name, split):
+        lines = Path(study.path("data", f"{name}.jsonl")).read_text(encoding="utf-8").split("\n")
+        return [record for record in map(json.loads, filter(None, lines)) if record["split"] == split]
+
+    read = {one["text"].removeprefix(f"{one['title']}. ").strip() for one in records("domain", "train")}
+    asked = [item["text"].strip() for item in records("body_system", "test")]
+    return {"items": len(asked), "in_training_text": sum(text in read for text in asked)}
 
 
 def _pair(ours, theirs):
@@ -132,7 +146,7 @@ def scores(report):
 
 
 def page(report):
-    setting, counts, versions = report["setting"], report["counts"], report["environment"]
+    setting, counts, versions, seen = (report[key] for key in ("setting", "counts", "environment", "seen"))
     inputs, targets = setting["lengths"]
     positions = setting["steps"] * setting["rows"] * (inputs + targets)
     minutes = table(
@@ -148,7 +162,8 @@ def page(report):
     smoke = "\n**A smoke test: its figures show nothing.**\n" if report["name"] == "smoke" else ""
     return f"""# A real model in a real domain
 {smoke}
-*Written by `benchmarks/studies/case_study.py`, setting {report["name"]}, on {versions["date"]}; no figure is left out.*
+*Written by `benchmarks/studies/case_study.py`, setting {report["name"]}, on {versions["date"]}; no figure is left out.
+Its head says how to run it; an interrupted study goes on with the same command.*
 
 {report["model"]} goes on with UL2's denoisers for {setting["steps"]} steps, once on {report["domain"]} with a tenth of
 {report["general"]} (adapted), once on {report["general"]} alone (control). A model that has lost denoising gains by any
@@ -190,8 +205,9 @@ number of comparisons.
 - Fine-tuning: AdamW, peak {setting["task_learning_rate"]:g} with a linear decay, {setting["task_rows"]} rows,
   {setting["task_epochs"]:g} passes over the labelled task and {setting["term_epochs"]:g} over terms, the same for all
   arms.
-- Domain: definitions of MONDO, CHEBI, GO, UBERON, CL (CC BY), EFO (Apache 2.0) and PATO. Test items of the labelled
-  task and all documents that terms are taken from are in no training split of the domain.
+- Domain: definitions of MONDO, CHEBI, GO, UBERON, CL (CC BY), EFO (Apache 2.0) and PATO. The documents that terms are
+  taken from are in no training split. Of the labelled task's {seen["items"]:,} test items {seen["in_training_text"]:,}
+  stand word for word, without their label, in a training document of the domain: another term has the same definition.
 - {versions["cpu"]}, {versions["cores"]} cores; Python {versions["python"]},
   {", ".join(f"{name} {versions[name]}" for name in PACKAGES)}.
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from scipy import stats
 
 from t5x_domain.errors import UserError
+from t5x_domain.files import changed_keys
 
 ROOT = Path(__file__).parent.parent.parent
 sys.path.append(str(ROOT / "benchmarks"))  # for `common`
@@ -52,7 +53,7 @@ def claim(work_dir, setting):
     setting = json.loads(json.dumps(setting))
     if record.exists():
         before = json.loads(record.read_text(encoding="utf-8"))
-        if changed := [key for key in {**before, **setting} if before.get(key) != setting.get(key)]:
+        if changed := changed_keys(before, setting):
             raise UserError(
                 f"{work_dir} holds results of another setting ({changed[0]} was {before.get(changed[0])!r}, is "
                 f"{setting.get(changed[0])!r}); set another --work_dir."

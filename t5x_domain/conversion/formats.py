@@ -1,5 +1,6 @@
 """Which format a folder has, and how it is opened and written."""
 
+import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,27 @@ def detect(path: str, flag: str = "--from") -> str:
             "or a T5X checkpoint."
         ) from error
     return "native"
+
+
+def state_of(path: str, flag: str = "--from") -> str:
+    """What tells a model from another that takes its place: of a run its newest checkpoint, and its files' dates.
+
+    Args:
+      path: a folder that `open_checkpoint` opens.
+      flag: where it was given, for messages.
+
+    Returns:
+      The folder of the parameters, and in brackets a digest of the names, sizes and dates of what it holds; of a
+      bucket the path alone.
+    """
+    if "://" in path:
+        return path
+    folder = Path(find_params(path) if detect(path, flag) == "native" else path).resolve()
+    digest = hashlib.sha256()
+    for file in sorted(folder.rglob("*")):
+        stat = file.stat()
+        digest.update(f"{file.relative_to(folder)} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    return f"{folder} ({digest.hexdigest()[:16]})"
 
 
 def open_checkpoint(

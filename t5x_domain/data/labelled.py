@@ -7,10 +7,8 @@ TensorFlow and SeqIO are imported by these two only.
 import abc
 import dataclasses
 import functools
-import importlib
 import json
 import re
-import string
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,6 +17,8 @@ import gin
 
 from t5x_domain.data.labelled_files import Record, read_records
 from t5x_domain.data.sources import python_fields, resolve_files
+from t5x_domain.data.tasks import registered_task
+from t5x_domain.data.templates import field_of, fields_of, filled, text_of
 from t5x_domain.data.vocabulary import ByteVocabulary, Vocabulary
 from t5x_domain.errors import UserError
 from t5x_domain.evaluation import metrics
@@ -129,7 +129,7 @@ class LabelledTask(Task):
         if unknown := [name for name in names if name not in metrics.METRICS]:
             raise UserError(f"LabelledTask.metrics has '{unknown[0]}'; choose of {', '.join(metrics.METRICS)}.")
         object.__setattr__(self, "metrics", names)
-        _check_template(self.input_template)
+        fields_of(self.input_template, "LabelledTask.input_template")
         labels = self.labels
         if labels is None:
             labels = sorted(self._labels_of(TRAIN)) if self.kind in _LABELLED and TRAIN in self.files else ()
@@ -151,7 +151,7 @@ class LabelledTask(Task):
         for path in paths:
             for record in read_records(path):
                 place = f"{path}, line {record.line}"
-                if self.split_field and _field(record.fields, self.split_field, place) != split:
+                if self.split_field and field_of(record.fields, self.split_field, place) != split:
                     continue
                 example = self._example(record, path, place)
                 if example.id in examples:
@@ -192,19 +192,18 @@ class LabelledTask(Task):
     def _example(self, record: Record, path: str, place: str) -> Labelled:
         fields, name = record.fields, f"{Path(path).name}:{record.line}"
         if self.id_field is not None and (self.id_field in fields or self.id_field != "id"):
-            name = _text(fields, self.id_field, place)
-        keys = [key for _, key, _, _ in string.Formatter().parse(self.input_template) if key]
-        inputs = self.input_template.format(**{key: _text(fields, key, place) for key in keys})
+            name = text_of(fields, self.id_field, place)
+        inputs = filled(self.input_template, fields, place)
         return Labelled(name, inputs, self._target(fields, inputs, place), fields)
 
     def _target(self, fields: Mapping[str, Any], inputs: str, place: str) -> Any:
         if self.kind == "spans":
-            answers = _field(fields, self.target_field, place)
+            answers = field_of(fields, self.target_field, place)
             answers = [answers] if isinstance(answers, str) else answers
             if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
                 raise UserError(f"{place}: field '{self.target_field}' is no answer or list of answers; mend it.")
             return [answer for answer in answers if answer.strip()]
-        text = _text(fields, self.target_field, place)
+        text = text_of(fields, self.target_field, place)
         if not text.strip():
             raise UserError(f"{place}: the target, field '{self.target_field}', is empty; fill it or drop the record.")
         if self.kind != "tagging":
@@ -217,35 +216,6 @@ class LabelledTask(Task):
 
 def _labels(target: str | Sequence[str]) -> Sequence[str]:
     return [target] if isinstance(target, str) else target
-
-
-def _field(fields: Mapping[str, Any], key: str, place: str) -> Any:
-    if fields.get(key) is None:
-        raise UserError(f"{place}: there is no field '{key}', only {', '.join(fields)}; mend the record or the task.")
-    return fields[key]
-
-
-def _text(fields: Mapping[str, Any], key: str, place: str) -> str:
-    """A field as text; numbers are written out, a list of words joined by blanks."""
-    value = _field(fields, key, place)
-    if isinstance(value, list) and all(isinstance(word, str) for word in value):
-        value = " ".join(value)
-    if not isinstance(value, str | int | float):
-        raise UserError(f"{place}: field '{key}' is no text but {type(value).__name__}; mend the record or the task.")
-    try:
-        str(value).encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise UserError(f"{place}: field '{key}' holds half of a surrogate pair; mend the record.") from error
-    return str(value)
-
-
-def _check_template(template: str) -> None:
-    try:
-        keys = [key for _, key, _, _ in string.Formatter().parse(template) if key is not None]
-    except ValueError as error:
-        raise UserError(f"LabelledTask.input_template = {template!r}: {error}; write fields as {{text}}.") from error
-    if not keys or not all(key.isidentifier() for key in keys):
-        raise UserError(f"LabelledTask.input_template = {template!r}: write at least one field by name, as {{text}}.")
 
 
 # --- SeqIO ---
@@ -345,16 +315,7 @@ class SeqioTask(Task):
 
     @property
     def _task(self) -> "seqio.Task":
-        import seqio
-
-        try:
-            if self.module:
-                importlib.import_module(self.module)
-        except ImportError as error:
-            raise UserError(f"SeqioTask.module '{self.module}' cannot be imported: {error}.") from error
-        if self.task_name not in seqio.TaskRegistry.names():
-            raise UserError(f"SeqIO has no task '{self.task_name}'; set SeqioTask.module to what registers it.")
-        return seqio.TaskRegistry.get(self.task_name)
+        return registered_task(self.task_name, self.module, "SeqioTask.module")
 
     def examples(self, split: str) -> list[Labelled]:
         """Texts before tokenisation where the task keeps them (`inputs_pretokenized`), else decoded."""

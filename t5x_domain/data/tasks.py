@@ -291,18 +291,7 @@ class SeqioTaskSource(Source):
 
     @property
     def _task(self) -> "seqio.Task":
-        import seqio
-
-        try:
-            if self.module:
-                importlib.import_module(self.module)
-        except ImportError as error:
-            raise UserError(f"SeqioTaskSource.module '{self.module}' cannot be imported: {error}.") from error
-        if self.task_name not in seqio.TaskRegistry.names():
-            raise UserError(
-                f"SeqIO has no task '{self.task_name}'; set SeqioTaskSource.module to the module that registers it."
-            )
-        return seqio.TaskRegistry.get(self.task_name)
+        return registered_task(self.task_name, self.module, "SeqioTaskSource.module")
 
     def _records(self, split: str, part: str) -> Iterator[tuple[int, str, Mapping | BadRecord]]:
         task = self._task
@@ -313,3 +302,26 @@ class SeqioTaskSource(Source):
                 ids = fields[self.text_field]
                 fields[self.text_field] = task.output_features[self.text_field].vocabulary.decode(ids)
             yield number, f"SeqIO task {self.task_name}, split {split}, record {number}", fields
+
+
+def registered_task(name: str, module: str | None, setting: str) -> "seqio.Task":
+    """A task of SeqIO's registry.
+
+    Args:
+      name: of the task.
+      module: imported first, if given, since it registers the task.
+      setting: what the module was given as, for messages.
+
+    Raises:
+      UserError: the module cannot be imported, or there is no such task.
+    """
+    import seqio
+
+    try:
+        if module:
+            importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(f"{setting} '{module}' cannot be imported: {error}.") from error
+    if name not in seqio.TaskRegistry.names():
+        raise UserError(f"SeqIO has no task '{name}'; set {setting} to the module that registers it.")
+    return seqio.TaskRegistry.get(name)

@@ -155,6 +155,15 @@ class Vocabulary(_SentinelIds):
         """Token ids, int32 [n], without EOS."""
         return np.array(self._processor.encode(text), np.int32)
 
+    def encode_with_offsets(self, text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Token ids as of `encode`, and the characters [begin, end) that each stands for; int32 [n] each.
+
+        A token may stand for no character at all; of the bytes of a character only one stands for it.
+        """
+        pieces, before = self._processor.encode_as_proto(text).pieces, _characters_before_bytes(text)
+        begins, ends = (before[[getattr(piece, side) for piece in pieces]] for side in ("begin", "end"))
+        return np.array([piece.id for piece in pieces], np.int32), begins, ends
+
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Text of token ids [n]; sentinels are shown as `<extra_id_k>`, padding and EOS are not shown."""
         return self._processor.decode(np.asarray(ids).tolist())
@@ -190,6 +199,11 @@ class ByteVocabulary(_SentinelIds):
         """Token ids, int32 [n], without EOS. A literal `<extra_id_k>` stays the bytes it is written with."""
         return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32) + _NUM_SPECIAL_IDS
 
+    def encode_with_offsets(self, text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """See `Vocabulary.encode_with_offsets`."""
+        before = _characters_before_bytes(text)
+        return self.encode(text), before[:-1], before[1:]
+
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Text of token ids [n]; sentinels are shown as `<extra_id_k>`, special ids and broken UTF-8 are not shown."""
         shown = bytearray()
@@ -205,6 +219,12 @@ class ByteVocabulary(_SentinelIds):
         import seqio
 
         return seqio.ByteVocabulary(self.extra_ids)
+
+
+def _characters_before_bytes(text: str) -> np.ndarray:
+    """Of each of the n UTF-8 bytes the characters before it, and last all; int32 [n + 1]."""
+    data = np.frombuffer(text.encode("utf-8"), np.uint8)
+    return np.concatenate([[0], np.cumsum((data & 0xC0) != 0x80)]).astype(np.int32)
 
 
 def train_sentencepiece(

@@ -13,10 +13,9 @@ from t5x_domain.errors import UserError
 from t5x_domain.evaluation import metrics, prompts
 from t5x_domain.evaluation.document_scores import document_costs
 from t5x_domain.evaluation.verdict import Answers
-from t5x_domain.files import write_atomically
-from t5x_domain.inference.generator import Generator
-from t5x_domain.inference.opened import Opened, open_model
-from t5x_domain.inference.scoring import Scorer
+from t5x_domain.files import changed_keys, write_atomically
+from t5x_domain.inference.answering import Answerer
+from t5x_domain.inference.opened import open_model
 
 if TYPE_CHECKING:
     from t5x_domain.evaluation.head_to_head import HeadToHead
@@ -41,7 +40,7 @@ class Kept:
         self._folder, record = folder, folder / "comparison.json"
         if record.exists():
             before = json.loads(record.read_text(encoding="utf-8"))
-            if changed := [key for key in {**before, **identity} if before.get(key) != identity.get(key)]:
+            if changed := changed_keys(before, identity):
                 raise UserError(
                     f"{folder} holds another comparison: {changed[0]} was {before.get(changed[0])}, is "
                     f"{identity.get(changed[0])}. Set another HeadToHead.out_dir."
@@ -81,17 +80,10 @@ class Side:
         self._role, self._path, self._settings, self._kept = role, path, settings, kept
 
     @functools.cached_property
-    def _model(self) -> Opened:
+    def _answerer(self) -> Answerer:
         print(f"{self._role}: opening {self._path}", flush=True)
-        return open_model(self._path, flag=f"--{self._role}")
-
-    @functools.cached_property
-    def _scorer(self) -> Scorer:
-        return Scorer(self._model, batch_size=self._settings.batch_size)
-
-    @functools.cached_property
-    def _generator(self) -> Generator:
-        return Generator(self._model, self._settings.decoding, batch_size=self._settings.batch_size)
+        model = open_model(self._path, flag=f"--{self._role}")
+        return Answerer(model, self._settings.decoding, batch_size=self._settings.batch_size)
 
     def answer(self, one: Prompted) -> Answers:
         """Chooses a prompt on validation data, and answers the test items with it."""
@@ -113,24 +105,20 @@ class Side:
 
     def costs(self, corpus: Corpus, texts: Sequence[str], measure: str) -> list[tuple[float, float]]:
         """See `document_costs`."""
-        compute = lambda: document_costs(self._model, self._scorer, texts, measure, seed=self._settings.seed)  # noqa: E731
-        return [
-            tuple(cost) for cost in self._kept.result(f"{self._role}/corpora/{corpus.name}", [texts, measure], compute)
-        ]
+
+        def compute() -> list[tuple[float, float]]:
+            asked = self._answerer
+            return document_costs(asked.model, asked.scorer, texts, measure, seed=self._settings.seed)
+
+        found = self._kept.result(f"{self._role}/corpora/{corpus.name}", [texts, measure], compute)
+        return [tuple(cost) for cost in found]
 
     def _answers(self, task: Task, prompt: prompts.Prompt, items: Sequence[Labelled], name: str) -> list[str]:
         asked = [prompt.ask(item) for item in items]
-        ask = self._chosen if task.kind == "classification" else self._written
-        return self._kept.result(
-            f"{self._role}/{task.name}/{name}", [asked, *task.labels], lambda: ask(asked, task.labels)
-        )
 
-    def _chosen(self, asked: Sequence[str], labels: Sequence[str]) -> list[str]:
-        scores = self._scorer.choose([self._model.inputs(text) for text in asked], labels)
-        return [labels[i] for i in scores.argmax(axis=1)]
+        def compute() -> list[str]:
+            said = self._answerer(task, [self._answerer.model.inputs(text) for text in asked])
+            # A model that was shown worked examples may go on with one of its own.
+            return said if task.kind == "classification" else [s.split(prompts.SEPARATOR)[0].strip() for s in said]
 
-    def _written(self, asked: Sequence[str], labels: Sequence[str]) -> list[str]:
-        del labels
-        written = self._generator([self._model.inputs(text) for text in asked])
-        # A model that was shown worked examples may go on with one of its own.
-        return [outputs[0].text.split(prompts.SEPARATOR)[0].strip() for outputs in written]
+        return self._kept.result(f"{self._role}/{task.name}/{name}", [asked, *task.labels], compute)

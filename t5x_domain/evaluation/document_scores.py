@@ -76,17 +76,20 @@ def corrupted(text: str, vocabulary: Vocabulary | ByteVocabulary, seed: Sequence
 def hidden_words(text: str, vocabulary: Vocabulary | ByteVocabulary, seed: Sequence[int]) -> Asked:
     """Words hidden, the same ones whatever the vocabulary."""
     random, words, num_bytes = np.random.default_rng(seed), text.split(), 0
+    # SentencePiece writes the space before a word by itself, bytes have to.
+    space = " " if isinstance(vocabulary, ByteVocabulary) else ""
+    encode = lambda part: vocabulary.encode(space + " ".join(part) if part else "")  # noqa: E731
     inputs, targets = [], []
     for k, start in enumerate(range(0, len(words), _BLOCK)):
         block = words[start : start + _BLOCK]
         if len(block) <= _SPAN:
-            inputs.append(vocabulary.encode(" ".join(block)))
+            inputs.append(encode(block))
             continue
         cut = random.integers(1, len(block) - _SPAN + 1)  # a clean word stands first, so spans keep apart
-        before, span, after = (" ".join(part) for part in np.split(np.array(block, object), [cut, cut + _SPAN]))
+        hidden = block[cut : cut + _SPAN]
         sentinel = [vocabulary.sentinel_id(k)]
-        inputs += [vocabulary.encode(before), sentinel, vocabulary.encode(after)]
-        targets += [sentinel, vocabulary.encode(span)]
-        num_bytes += len(f" {span}".encode())
+        inputs += [encode(block[:cut]), sentinel, encode(block[cut + _SPAN :])]
+        targets += [sentinel, encode(hidden)]
+        num_bytes += len(f" {' '.join(hidden)}".encode())
     end = [vocabulary.eos_id]
     return Asked(*(np.concatenate([*parts, end]).astype(np.int32) for parts in (inputs, targets)), num_bytes)

@@ -12,6 +12,8 @@ import numpy as np
 
 from t5x_domain.errors import UserError
 from t5x_domain.evaluation import metrics
+from t5x_domain.files import changed_keys
+from t5x_domain.training.finetune_config import IDENTITY_FILE, OF_THE_MODEL
 from t5x_domain.training.metrics import read_json_lines
 
 Curve = list[tuple[int, float]]
@@ -59,6 +61,14 @@ class FineTuned:
                 said = {line["id"]: line["prediction"] for line in lines}
                 sides[-1][seed] = [said[item] for item in targets]
         return list(targets.values()), *sides
+
+    def differences(self) -> list[str]:
+        """Settings in which the two fine-tunings differ, but for the model they start from."""
+        records = [Path(folder, IDENTITY_FILE) for folder in (self.base, self.adapted)]
+        if not all(record.exists() for record in records):
+            return []
+        base, adapted = (json.loads(record.read_text(encoding="utf-8")) for record in records)
+        return [key for key in changed_keys(base, adapted) if key not in OF_THE_MODEL]
 
     def curves(self) -> dict[str, dict[str, Curve]]:
         """Training loss and validation scores of both, the mean over seeds; empty without logs."""

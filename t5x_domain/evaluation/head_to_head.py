@@ -13,8 +13,7 @@ from typing import Any
 import gin
 
 from t5x_domain.conversion.checkpoint import Checkpoint
-from t5x_domain.conversion.formats import detect, open_checkpoint
-from t5x_domain.conversion.native import find_params
+from t5x_domain.conversion.formats import open_checkpoint, state_of
 from t5x_domain.data.labelled import Task
 from t5x_domain.data.tasks import Corpus
 from t5x_domain.errors import UserError
@@ -136,6 +135,11 @@ def head_to_head(settings: HeadToHead, base: str, adapted: str) -> Path:
         for one in prompted
         if one.leaked
     ]
+    notes += [
+        f"{one.name}: base and adapted were fine-tuned with different {', '.join(differences)}."
+        for one in settings.fine_tuned
+        if (differences := one.differences())
+    ]
     kept = Kept(Path(settings.out_dir), _identity(settings, paths))
     tuned = [compare_fine_tuned(one.name, one.metric, *one.predictions(), bootstrap) for one in settings.fine_tuned]
     curves = {title: runs for one in settings.fine_tuned for title, runs in one.curves().items()}
@@ -254,11 +258,8 @@ def _writes(vocabulary: Any, text: str) -> bool:
 
 
 def _identity(settings: HeadToHead, paths: Mapping[str, str]) -> dict[str, str]:
-    """What makes kept answers this comparison's; of a run also its checkpoint."""
-    models = {
-        role: str(find_params(path)) if detect(path, f"--{role}") == "native" else str(Path(path).resolve())
-        for role, path in paths.items()
-    }
+    """What makes kept answers this comparison's."""
+    models = {role: state_of(path, f"--{role}") for role, path in paths.items()}
     if models["base"] == models["adapted"]:
         raise UserError(f"--base and --adapted are the same model, {models['base']}; give two.")
     fields = [field.name for field in dataclasses.fields(settings) if field.name not in _FREE]

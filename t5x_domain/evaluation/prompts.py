@@ -6,12 +6,12 @@ of the model: a comparison under one prompt for both favours the model that the 
 """
 
 import itertools
-import string
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from t5x_domain.data.templates import fields_of, filled
 from t5x_domain.errors import UserError
 
 # What stands between worked examples, and before the item that is asked.
@@ -34,7 +34,7 @@ class Prompt(NamedTuple):
 
     def ask(self, item: Any) -> str:
         """The text that the model reads about an item (`data.labelled.Labelled`)."""
-        return SEPARATOR.join([*self.shots, filled(self.template, item)])
+        return SEPARATOR.join([*self.shots, _asked(self.template, item)])
 
 
 class Chosen(NamedTuple):
@@ -43,19 +43,6 @@ class Chosen(NamedTuple):
     prompt: Prompt
     validation_score: float
     tried: Sequence[float]
-
-
-def filled(template: str, item: Any) -> str:
-    """The template with an item's inputs and fields.
-
-    Raises:
-      UserError: the template asks for a field that the item lacks.
-    """
-    try:
-        return template.format(**{**item.fields, "inputs": item.inputs})
-    except (KeyError, IndexError) as error:
-        known = ", ".join(dict.fromkeys(["inputs", *item.fields]))
-        raise UserError(f"template {template!r}: item {item.id} has no field {error}; it has {known}.") from error
 
 
 def check_template(template: str, target_field: str | None) -> None:
@@ -68,13 +55,7 @@ def check_template(template: str, target_field: str | None) -> None:
     Raises:
       UserError: what is wrong.
     """
-    try:
-        fields = {name.split(".")[0].split("[")[0] for _, name, _, _ in string.Formatter().parse(template) if name}
-    except ValueError as error:
-        raise UserError(f"template {template!r}: {error}; write a literal brace twice.") from error
-    if not fields:
-        raise UserError(f"template {template!r} shows nothing of the item; put {{inputs}} where its text belongs.")
-    if target_field in fields:
+    if target_field in fields_of(template, "template"):
         raise UserError(f"template {template!r} tells the answer, field '{target_field}'; leave it out.")
 
 
@@ -145,7 +126,12 @@ def describe(chosen: Chosen) -> Mapping[str, Any]:
 
 
 def _worked(template: str, item: Any) -> str:
-    return f"{filled(template, item)} {answer_text(item.target)}".rstrip()
+    return f"{_asked(template, item)} {answer_text(item.target)}".rstrip()
+
+
+def _asked(template: str, item: Any) -> str:
+    fields = {**item.fields, "inputs": item.inputs}
+    return filled(template, fields, f"template {template!r}, item {item.id}", mend="mend the template")
 
 
 def _plain(item: Any) -> str:

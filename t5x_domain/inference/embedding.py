@@ -1,5 +1,6 @@
 """Texts as vectors: mean-pooled encoder states (Sentence-T5: Ni et al. 2022, arXiv:2108.08877, section 3)."""
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -31,7 +32,8 @@ class Embedder:
         if model.blueprint.model_class is not EncoderEmbedder:
             identity = np.eye(model.blueprint.config.embed_dim, dtype=np.float32)
             model = with_head(model, EncoderEmbedder, {"kernel": identity})
-        self._model, self._batch_size, self._read = model, batch_size, reader(model)
+        self._model, self._batch_size = model, batch_size
+        self._read = functools.partial(reader(model.blueprint), model.params)
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         """[n, embed_dim] float32 of length 1. Texts are read whole, however long, and closed by EOS."""

@@ -16,7 +16,7 @@ from t5x_domain.inference.decoding import Decoding, Written, beam_search, decode
 from t5x_domain.inference.opened import Opened
 from t5x_domain.models.assemblies import DecoderOnly, EncoderDecoder, LanguageModel
 from t5x_domain.models.names import path_name
-from t5x_domain.parallel.sharding import sharding, use_mesh
+from t5x_domain.parallel.sharding import put, use_mesh
 
 
 class Output(NamedTuple):
@@ -48,34 +48,33 @@ class Generator:
             raise UserError(f"batch_size = {batch_size}: it must be at least 1.")
         self._model, self._decoding, self._batch_size = model, decoding, batch_size
         whole = NamedSharding(model.blueprint.mesh, PartitionSpec())  # every process reads all of it
-        self._write = jax.jit(
-            self._decode, in_shardings=(model.blueprint.shardings, None, None, None), out_shardings=whole
-        )
+        self._write = jax.jit(self._decode, in_shardings=(model.blueprint.shardings, None), out_shardings=whole)
 
-    def __call__(self, inputs: Sequence[np.ndarray], *, first: int = 0) -> list[list[Output]]:
+    def __call__(self, inputs: Sequence[np.ndarray], *, first: int = 0, params: Any = None) -> list[list[Output]]:
         """The outputs for each input, the best first.
 
         Args:
           inputs: ids as `Opened.inputs` makes them, int32 [n] each.
           first: number of the first input; it decides what is drawn for it.
+          params: instead of the model's own, in its shapes; nothing is compiled again.
         """
+        params = self._model.params if params is None else params
         outputs: list[list[Output]] = [[] for _ in inputs]
         # Inputs of like lengths share a batch.
         order = sorted(range(len(inputs)), key=lambda i: len(inputs[i]))
         for start in range(0, len(order), self._batch_size):
             chosen = order[start : start + self._batch_size]
-            written = self._run([inputs[i] for i in chosen], [first + i for i in chosen])
+            written = self._run(params, [inputs[i] for i in chosen], [first + i for i in chosen])
             for i, tokens, scores in zip(chosen, *map(np.asarray, written), strict=False):
                 found = [self._output(t, s) for t, s in zip(tokens, scores, strict=True)]
                 outputs[i] = sorted(found, key=lambda output: -output.score)
         return outputs
 
-    def _run(self, inputs: Sequence[np.ndarray], numbers: Sequence[int]) -> Written:
+    def _run(self, params: Any, inputs: Sequence[np.ndarray], numbers: Sequence[int]) -> Written:
         rows, lengths = padded(inputs, self._batch_size)
         numbers = np.resize(np.array(numbers, np.int32), self._batch_size)
-        mesh = self._model.blueprint.mesh
-        place = lambda a: jax.device_put(a, sharding(mesh, a.shape, ("batch",) + (None,) * (a.ndim - 1)))  # noqa: E731
-        return self._write(self._model.params, place(rows), place(lengths), place(numbers))
+        batch = {"tokens": rows, "lengths": lengths, "numbers": numbers}
+        return self._write(params, put(self._model.blueprint.mesh, batch))
 
     def _output(self, tokens: np.ndarray, score: np.ndarray) -> Output:
         vocabulary = self._model.vocabulary
@@ -83,13 +82,15 @@ class Generator:
         tokens = tokens[: ends[0]] if len(ends) else tokens
         return Output(tokens, vocabulary.decode(tokens), float(score))
 
-    def _decode(self, params: Any, tokens: jax.Array, lengths: jax.Array, numbers: jax.Array) -> Written:
+    def _decode(self, params: Any, batch: dict[str, jax.Array]) -> Written:
         model, decoding, vocabulary = self._model, self._decoding, self._model.vocabulary
         count = decoding.hypotheses
         with use_mesh(model.blueprint.mesh):
             network = model.blueprint.merge(_in_compute_dtype(params, model.blueprint.config.dtype))
             read = _read_inputs if isinstance(network, EncoderDecoder) else _read_prompts
-            logits, cache, memory = read(network, tokens, lengths, count, decoding.max_tokens, model.reads_whole_inputs)
+            logits, cache, memory = read(
+                network, batch["tokens"], batch["lengths"], count, decoding.max_tokens, model.reads_whole_inputs
+            )
 
             def step(tokens: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
                 hidden, cache = next_position(network.decoder, network.embed(tokens), cache, memory)
@@ -101,7 +102,7 @@ class Generator:
             seed = jax.random.key(decoding.seed)
             of_output = jax.vmap(jax.random.fold_in, (None, 0))
             of_input = jax.vmap(lambda number: of_output(jax.random.fold_in(seed, number), jnp.arange(count)))
-            return decode_rows(step, logits, cache, decoding, **ids, streams=of_input(numbers).reshape(-1))
+            return decode_rows(step, logits, cache, decoding, **ids, streams=of_input(batch["numbers"]).reshape(-1))
 
 
 def row_length(sequences: Sequence[np.ndarray]) -> int:

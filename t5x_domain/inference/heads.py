@@ -1,6 +1,7 @@
 """Fine-tuned heads read back: classes, tags and answers for texts."""
 
 import dataclasses
+import functools
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,9 +16,9 @@ from t5x_domain.errors import UserError
 from t5x_domain.inference.opened import Opened, open_model
 from t5x_domain.models.heads import head
 from t5x_domain.models.names import path_name
-from t5x_domain.objectives.labels import OBJECTIVES
+from t5x_domain.objectives.labels import OBJECTIVES, LabelObjective
 from t5x_domain.parallel.mesh import MeshShape
-from t5x_domain.parallel.sharding import batch_sharding, use_mesh
+from t5x_domain.parallel.sharding import put, use_mesh
 from t5x_domain.training.state import Blueprint
 
 HEAD_FILE = "head.npz"
@@ -96,9 +97,8 @@ def with_head(model: Opened, model_class: Callable[..., Any], values: Mapping[st
     return dataclasses.replace(model, blueprint=blueprint, params=jax.device_put(params, blueprint.shardings))
 
 
-def reader(model: Opened) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
-    """What a model with a head gives for (tokens, segment ids), both [B, S] int32; compiled once for each shape."""
-    blueprint = model.blueprint
+def reader(blueprint: Blueprint) -> Callable[[Any, np.ndarray, np.ndarray], np.ndarray]:
+    """What a model with a head gives for (params, tokens [B, S], segment ids [B, S]); compiled once for each shape."""
     whole = NamedSharding(blueprint.mesh, PartitionSpec())  # every process reads all of it
 
     def run(params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
@@ -107,11 +107,37 @@ def reader(model: Opened) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
 
     compiled = jax.jit(run, in_shardings=(blueprint.shardings, None), out_shardings=whole)
 
-    def read(tokens: np.ndarray, segment_ids: np.ndarray) -> np.ndarray:
-        batch = {"tokens": tokens, "segment_ids": segment_ids}
-        return np.asarray(compiled(model.params, jax.device_put(batch, batch_sharding(blueprint.mesh, batch))))
+    def read(params: Any, tokens: np.ndarray, segment_ids: np.ndarray) -> np.ndarray:
+        return np.asarray(compiled(params, put(blueprint.mesh, {"tokens": tokens, "segment_ids": segment_ids})))
 
     return read
+
+
+def answer(
+    objective: LabelObjective,
+    read: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    examples: Sequence[Labelled],
+    *,
+    batch_size: int,
+) -> list[Any]:
+    """What a head says to examples, in the form of its task's targets.
+
+    Args:
+      objective: of the head's kind.
+      read: what the model with the head gives for tokens and segment ids, see `reader`.
+      examples: their targets are not looked at, but for the number of tags and for pairs.
+      batch_size: examples at once.
+    """
+    outputs: list[list[np.ndarray]] = []
+    for start in range(0, len(examples), batch_size):
+        chosen = examples[start : start + batch_size]
+        filled = [*chosen, *[chosen[0]] * (batch_size - len(chosen))]  # one shape is compiled
+        features = objective.encode(filled).features
+        sides = [name.removesuffix("_input_tokens") for name in features if name.endswith("_input_tokens")]
+        found = [read(features[f"{side}_input_tokens"], features[f"{side}_segment_ids"]) for side in sides]
+        outputs.append([side[: len(chosen)] for side in found])
+    sides = [np.concatenate(parts) for parts in zip(*outputs, strict=True)]
+    return objective.decode(sides[0] if len(sides) == 1 else np.stack(sides), examples)
 
 
 class Predictor:
@@ -130,7 +156,8 @@ class Predictor:
         options = {"labels": headed.labels} if headed.labels else {}
         self._objective = OBJECTIVES[headed.kind](headed.model.vocabulary, headed.length, **options)
         self._is_tagging = headed.kind == "tagging"
-        self._batch_size, self._read = batch_size, reader(headed.model)
+        self._batch_size = batch_size
+        self._read = functools.partial(reader(headed.model.blueprint), headed.model.params)
 
     def __call__(self, texts: Sequence[str]) -> list[Any]:
         """A prediction for each text: a label; a tag for each of its words; or an answer quoted from it, "" for none.
@@ -138,14 +165,10 @@ class Predictor:
         Args:
           texts: inputs as in fine-tuning, its template filled in. They are cut to a row of `Headed.length` tokens.
         """
-        predictions: list[Any] = []
-        for start in range(0, len(texts), self._batch_size):
-            examples = [self._example(text) for text in texts[start : start + self._batch_size]]
-            filled = [*examples, *[examples[0]] * (self._batch_size - len(examples))]  # one shape is compiled
-            features = self._objective.encode(filled).features
-            outputs = self._read(features["encoder_input_tokens"], features["encoder_segment_ids"])
-            predictions += self._objective.decode(outputs[: len(examples)], examples)
-        return predictions
+        if not texts:
+            return []
+        examples = [self._example(text) for text in texts]
+        return answer(self._objective, self._read, examples, batch_size=self._batch_size)
 
     def _example(self, text: str) -> Labelled:
         """An example without a target; of tagging it has an unknown tag for each word."""

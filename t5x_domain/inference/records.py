@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from t5x_domain.data.lines import read_lines
+from t5x_domain.data.templates import fields_of, filled
 from t5x_domain.errors import UserError
-from t5x_domain.files import write_atomically
+from t5x_domain.files import changed_keys, write_atomically
 
 
 class Request(NamedTuple):
@@ -24,14 +25,19 @@ class Request(NamedTuple):
     fields: Mapping[str, Any]
 
 
-def read_requests(path: str, text_field: str) -> Iterator[Request]:
+def read_requests(path: str, template: str) -> Iterator[Request]:
     """Records of a JSONL file (.gz and .zst welcome), one JSON object a line.
 
+    Args:
+      path: the file.
+      template: makes the text of a record's fields, see `data.templates`.
+
     Raises:
-      UserError: a line is no JSON object or has no text, named by its number.
+      UserError: a line is no JSON object or lacks a field of the template, named by its number.
     """
     if not Path(path).is_file():
-        raise UserError(f"--input={path}: there is no such file; give JSON lines with a field '{text_field}'.")
+        needed = ", ".join(f"'{name}'" for name in fields_of(template, "--text_field"))
+        raise UserError(f"--input={path}: there is no such file; give JSON lines with a field {needed}.")
     for number, line in enumerate(read_lines(path), 1):
         if not line.strip():
             continue
@@ -39,11 +45,10 @@ def read_requests(path: str, text_field: str) -> Iterator[Request]:
             fields = json.loads(line)
         except ValueError as error:
             raise UserError(f"{path}, line {number}: not JSON ({error}); mend or remove the line.") from error
-        if not isinstance(fields, dict) or not isinstance(fields.get(text_field), str):
-            raise UserError(
-                f"{path}, line {number}: no text in a field '{text_field}'; name its field with --text_field."
-            )
-        yield Request(fields[text_field], fields)
+        place = f"{path}, line {number}"
+        if not isinstance(fields, dict):
+            raise UserError(f'{place}: no JSON object; write a record as {{"text": …}}.')
+        yield Request(filled(template, fields, place, mend="name the text's field with --text_field"), fields)
 
 
 class Answers:
@@ -67,8 +72,7 @@ class Answers:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             lines = self._whole_lines()
             if lines and json.loads(lines[0]) != header:
-                before = json.loads(lines[0])["asked"]
-                changed = [key for key in {**before, **header["asked"]} if before.get(key) != header["asked"].get(key)]
+                changed = changed_keys(json.loads(lines[0])["asked"], header["asked"])
                 raise UserError(
                     f"{self._partial}: holds answers to another question ({', '.join(changed)} changed); remove it, or "
                     "give another --output."
@@ -103,7 +107,9 @@ class Answers:
         self._partial.unlink()
 
 
-def fingerprint(path: str) -> str:
-    """SHA-256 (hex, 16 digits) of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+def fingerprint(requests: Iterable[Request]) -> str:
+    """SHA-256 (hex, 16 digits) of requests."""
+    digest = hashlib.sha256()
+    for request in requests:
+        digest.update(repr(request).encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()[:16]

@@ -199,7 +199,7 @@ class Tagging(LabelObjective):
         return "O" if "O" in self.labels else self.labels[0]
 
     def encode(self, examples: Sequence[Labelled]) -> Rows:
-        pieces = [Pieces.of(self.vocabulary, example.inputs) for example in examples]
+        pieces = [Pieces(*self.vocabulary.encode_with_offsets(example.inputs)) for example in examples]
         labels = np.zeros((len(examples), self.length), np.int32)
         weights = np.zeros((len(examples), self.length), np.float32)
         numbers = {label: i for i, label in enumerate(self.labels)}
@@ -216,7 +216,7 @@ class Tagging(LabelObjective):
         return [
             [
                 self.outside if position is None else self.labels[row[position]]
-                for position in self._positions(example, Pieces.of(self.vocabulary, example.inputs))
+                for position in self._positions(example, Pieces(*self.vocabulary.encode_with_offsets(example.inputs)))
             ]
             for row, example in zip(best, examples, strict=True)
         ]
@@ -248,7 +248,7 @@ class Spans(LabelObjective):
     max_answer_tokens: int = 30
 
     def encode(self, examples: Sequence[Labelled]) -> Rows:
-        pieces = [Pieces.of(self.vocabulary, example.inputs) for example in examples]
+        pieces = [Pieces(*self.vocabulary.encode_with_offsets(example.inputs)) for example in examples]
         labels = np.zeros((len(examples), 2), np.int32)
         weights = np.ones((len(examples), 1), np.float32)
         for i, (example, its) in enumerate(zip(examples, pieces, strict=True)):
@@ -267,7 +267,7 @@ class Spans(LabelObjective):
         return [self._answer(row, example.inputs) for row, example in zip(outputs, examples, strict=True)]
 
     def _answer(self, logits: np.ndarray, text: str) -> str:
-        pieces = Pieces.of(self.vocabulary, text)
+        pieces = Pieces(*self.vocabulary.encode_with_offsets(text))
         count = min(len(pieces.ids), self.length - 2)
         starts, ends = logits[1 : count + 1].T
         allowed = np.tri(count, dtype=bool).T & np.tri(count, k=self.max_answer_tokens - 1, dtype=bool)
@@ -325,22 +325,11 @@ OBJECTIVES: Mapping[str, type[LabelObjective]] = {
 
 
 class Pieces(NamedTuple):
-    """Token ids of a text, without EOS, and the characters that each stands for: int32 [n] each."""
+    """What `Vocabulary.encode_with_offsets` gives."""
 
     ids: np.ndarray
     begins: np.ndarray
     ends: np.ndarray
-
-    @classmethod
-    def of(cls, vocabulary: Vocabulary | ByteVocabulary, text: str) -> "Pieces":
-        """A piece may stand for no character at all; of a character's bytes only one stands for it."""
-        data = np.frombuffer(text.encode("utf-8"), np.uint8)
-        characters = np.concatenate([[0], np.cumsum((data & 0xC0) != 0x80)])  # before each byte
-        if isinstance(vocabulary, ByteVocabulary):
-            return cls(vocabulary.encode(text), characters[:-1], characters[1:])
-        pieces = vocabulary._processor.encode_as_proto(text).pieces
-        begins, ends = (characters[[getattr(piece, side) for piece in pieces]] for side in ("begin", "end"))
-        return cls(np.array([piece.id for piece in pieces], np.int32), begins, ends)
 
     def covering(self, begin: int, end: int) -> tuple[int, int] | tuple[None, None]:
         """First and last piece that stand for a character of [begin, end); None if there are none."""

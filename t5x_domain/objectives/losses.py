@@ -61,11 +61,19 @@ def token_scores(
       **options: see `kernels.cross_entropy`.
     """
     features = {name: batch[name] for name in model.inputs if name in batch}
+    hidden = model(**features, rng=rng)
+    return target_scores(model, hidden, batch["decoder_target_tokens"], batch["decoder_loss_weights"], **options)
+
+
+def target_scores(
+    model: Any, hidden: jax.Array, targets: jax.Array, weights: jax.Array, **options: float
+) -> tuple[jax.Array, TokenScores]:
+    """As `token_scores`, of hidden states [B, T, embed_dim] that the model has already computed."""
     return cross_entropy(
-        model(**features, rng=rng),
+        hidden,
         model.embedding.output_kernel,
-        batch["decoder_target_tokens"],
-        batch["decoder_loss_weights"],
+        targets,
+        weights,
         logit_scale=model.logit_scale,
         softcap=model.config.final_logit_softcap,
         **options,

@@ -3,9 +3,9 @@
 import contextlib
 import contextvars
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 # Parameters shard their `embed` axis over fsdp; activations keep theirs whole, hence the two names.
@@ -63,6 +63,7 @@ def sharding(mesh: Mesh, shape: tuple[int, ...], names: tuple[str | None, ...]) 
     return NamedSharding(mesh, spec(mesh, shape, names))
 
 
-def batch_sharding(mesh: Mesh, batch: Mapping[str, Any]) -> dict[str, NamedSharding]:
-    """Shardings of a batch's features, [B, T] each."""
-    return {key: sharding(mesh, value.shape, ("batch", "length")) for key, value in batch.items()}
+def put(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+    """Features of a whole batch, [B] or [B, T] each, on the mesh."""
+    places = {name: sharding(mesh, value.shape, ("batch", "length")[: value.ndim]) for name, value in batch.items()}
+    return jax.device_put(dict(batch), places)

@@ -90,11 +90,31 @@ class Feed:
         scores = {}
         for component in self.eval_components:
             batches, bytes_per_token = self._held_out_of(component, component.conditioned(metadata, mode))
-            steps = range(min(batches.num_steps, self._run.eval_batches or batches.num_steps))
-            features = (self.put(batches[step]) for step in steps)
             name = self._held_out_name(component)
-            scores[name] = held_out_scores(eval_step, params, features, bytes_per_token=bytes_per_token)
+            scores[name] = held_out_scores(eval_step, params, self._once(batches), bytes_per_token=bytes_per_token)
         return scores
+
+    def of_documents(
+        self,
+        component: Component,
+        documents: CachedSplit,
+        *,
+        metadata: str | Mapping[str, Any] | None = None,
+        mode: Any = AS_TRAINED,
+    ) -> Iterator[dict[str, jax.Array]]:
+        """One pass over some held-out documents of a component's corpus, in rows as `held_out` makes them of all.
+
+        Args:
+          component: one of `eval_components`.
+          documents: a split, or what has its methods.
+          metadata, mode: as of `held_out`.
+        """
+        alone = Mixture(name=component.name, components=[component.conditioned(metadata, mode)])
+        return self._once(self._batches_of([documents], alone, epochs=1, room_for=component))
+
+    def _once(self, batches: Batches) -> Iterator[dict[str, jax.Array]]:
+        steps = range(min(batches.num_steps, self._run.eval_batches or batches.num_steps))
+        return (self.put(batches[step]) for step in steps)
 
     def held_out_documents(self, corpus: Corpus, shortest: int, longest: int, count: int) -> list[np.ndarray]:
         """The first `count` held-out documents of `shortest` to `longest` tokens, int32 [n] each."""
@@ -121,10 +141,13 @@ class Feed:
         return cache.split(split)
 
     def _batches(self, mixture: Mixture, split: str, **more: Any) -> Batches:
-        run = self._run
         opened = {c.corpus.name: self._split(c.corpus.name, c.corpus.version, split) for c in mixture.components}
+        return self._batches_of(list(opened.values()), mixture, **more)
+
+    def _batches_of(self, splits: Sequence[CachedSplit], mixture: Mixture, **more: Any) -> Batches:
+        run = self._run
         return Batches(
-            list(opened.values()),
+            splits,
             mixture,
             run.vocabulary,
             lengths=run.lengths,

@@ -15,16 +15,18 @@ import numpy as np
 
 from t5x_domain.adaptation.lora import Lora
 from t5x_domain.errors import UserError
-from t5x_domain.files import write_atomically
+from t5x_domain.files import changed_keys, write_atomically
 from t5x_domain.inference.decoding import Decoding
 from t5x_domain.inference.opened import Opened
 from t5x_domain.parallel.mesh import MeshShape
 from t5x_domain.training.optimizer import Updates
 
 TRAIN, VALIDATION = "train", "validation"
-_RECORD = "finetune.json"
+IDENTITY_FILE = "finetune.json"
 # What may change between two starts: other seeds can be added, and the machine may be another.
 _FREE = ("out_dir", "seeds", "updates", "task", "mesh")
+# What an identity says of the model that is started from.
+OF_THE_MODEL = ("FineTuning.init_from", "model", "step of the model", "ModelConfig", "vocabulary fingerprint")
 
 
 @gin.configurable
@@ -42,11 +44,14 @@ class FineTuning:
       steps: updates; or give `epochs`.
       epochs: passes over the training examples.
       batch_size: examples in an update.
+      accumulation_steps: parts of a batch that are computed one after the other, to save memory; pairs are told apart
+        within a part.
       lengths: tokens of a row, {"inputs": 512, "targets": 64}; the number of texts cut to them is told.
       seeds: of the head, the data order and dropout.
       eval_every: steps between evaluations of the validation split; None for an epoch.
       patience: evaluations without a better score that end a seed early; None for never.
       metric: what "better" means, one of the task's metrics; None for the first.
+      lower_is_better: of that metric, e.g. of an error rate that a SeqIO task brings along.
       lora: adapt by low-rank matrices and freeze all else but the head; None for no such thing.
       layer_decay, freeze_layers: see `layerwise.multipliers`.
       reinit_top_layers: so many top layers of each stack are drawn afresh.
@@ -64,11 +69,13 @@ class FineTuning:
     steps: int | None = None
     epochs: float | None = None
     batch_size: int = 32
+    accumulation_steps: int = 1
     lengths: Mapping[str, int] = dataclasses.field(default_factory=lambda: {"inputs": 512, "targets": 64})
     seeds: Sequence[int] = (0,)
     eval_every: int | None = None
     patience: int | None = None
     metric: str | None = None
+    lower_is_better: bool = False
     lora: Lora | None = None
     layer_decay: float = 1.0
     freeze_layers: int = 0
@@ -87,6 +94,11 @@ class FineTuning:
                 raise UserError(f"FineTuning.{key} = {value!r}: it must be above 0, or None.")
         if self.batch_size < 1:
             raise UserError(f"FineTuning.batch_size = {self.batch_size}: it must be at least 1.")
+        if self.accumulation_steps < 1 or self.batch_size % self.accumulation_steps:
+            raise UserError(
+                f"FineTuning.accumulation_steps = {self.accumulation_steps}: batch_size = {self.batch_size} does not "
+                "divide into so many parts."
+            )
         if self.head not in ("text", "task"):
             raise UserError(f"FineTuning.head = {self.head!r}: choose 'text' or 'task'.")
         if missing := [key for key in ("inputs", "targets") if self.lengths.get(key, 0) < 2]:
@@ -134,10 +146,10 @@ class FineTuning:
           UserError: it holds something else, or cannot be written.
         """
         folder = Path(self.out_dir)
-        record = folder / _RECORD
+        record = folder / IDENTITY_FILE
         if record.exists():
             before = json.loads(record.read_text(encoding="utf-8"))
-            if changed := [key for key in {**before, **identity} if before.get(key) != identity.get(key)]:
+            if changed := changed_keys(before, identity):
                 said = "; ".join(f"{key} was {before.get(key)!r}, is {identity.get(key)!r}" for key in changed)
                 raise UserError(f"{folder} belongs to a fine-tuning of another configuration: {said}. Set --out_dir.")
             return folder

@@ -6,19 +6,18 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from t5x_domain.data import packing
 from t5x_domain.errors import UserError
-from t5x_domain.inference.generator import Generator
+from t5x_domain.inference.answering import Answerer
+from t5x_domain.inference.heads import answer, reader
 from t5x_domain.inference.opened import Opened
-from t5x_domain.inference.scoring import choose
-from t5x_domain.models.assemblies import DecoderOnly, EncoderDecoder, EncoderOnly
+from t5x_domain.models.assemblies import EncoderDecoder, EncoderOnly
 from t5x_domain.models.heads import head
 from t5x_domain.objectives.labels import LOSSES, OBJECTIVES
 from t5x_domain.objectives.losses import language_model_loss
-from t5x_domain.parallel.sharding import sharding, use_mesh
+from t5x_domain.training.feed import LAYOUTS
 from t5x_domain.training.finetune_config import TRAIN, FineTuning
 from t5x_domain.training.state import Blueprint
 
@@ -68,19 +67,15 @@ class AsText(TaskForm):
         if self.model_class is EncoderOnly:
             raise UserError(f"{model.origin}: an encoder alone cannot write text; set FineTuning.head = 'task'.")
         self.loss = functools.partial(language_model_loss, num_components=1)
-        self._layout = packing.DecoderOnly() if self.model_class is DecoderOnly else packing.EncoderDecoder()
+        self._layout = LAYOUTS[self.model_class]
+        self._answerer = Answerer(self.asked, tuning.decoding, batch_size=tuning.batch_size)
 
     def batch(self, examples: Sequence[Any]) -> dict[str, np.ndarray]:
         rows = [[packing.Example(self._inputs(e), self._targets(e), component_id=0)] for e in examples]
         return self._layout.batch(rows, self.tuning.lengths)
 
     def predict(self, params: Params, examples: Sequence[Any]) -> list[str]:
-        model = dataclasses.replace(self.asked, params=params)
-        inputs, size = [self._inputs(example) for example in examples], self.tuning.batch_size
-        if self.tuning.task.kind == "classification":
-            labels = self.tuning.task.labels
-            return [labels[best] for best in choose(model, inputs, labels, batch_size=size).argmax(axis=1)]
-        return [best.text for best, *_ in Generator(model, self.tuning.decoding, batch_size=size)(inputs)]
+        return self._answerer(self.tuning.task, [self._inputs(example) for example in examples], params=params)
 
     def num_cut(self, examples: Sequence[Any]) -> int:
         longest = self.tuning.lengths
@@ -115,36 +110,19 @@ class ByHead(TaskForm):
         if kind == "spans":
             options["context_field"] = tuning.context_field
         self._objective = OBJECTIVES[kind](model.vocabulary, tuning.lengths["inputs"], **options)
-        self._sides = ("encoder", "positive") if kind == "pairs" else ("encoder",)
         self.model_class = head(kind, num_labels=len(labels or ()) or None)
         self.loss = LOSSES[kind]
-        self._blueprint = Blueprint(self.model_class, model.blueprint.config, model.blueprint.mesh)
+        self._read = reader(Blueprint(self.model_class, model.blueprint.config, model.blueprint.mesh))
 
     def batch(self, examples: Sequence[Any]) -> dict[str, np.ndarray]:
         return self._objective.encode(examples).features
 
     def predict(self, params: Params, examples: Sequence[Any]) -> list[Any]:
-        size, outputs = self.tuning.batch_size, {side: [] for side in self._sides}
-        for start in range(0, len(examples), size):
-            chosen = examples[start : start + size]
-            filled = [*chosen, *[chosen[0]] * (size - len(chosen))]  # one shape is compiled
-            features = put(self.batch(filled), self._blueprint.mesh)
-            for side, found in outputs.items():
-                read = self._read(params, features[f"{side}_input_tokens"], features[f"{side}_segment_ids"])
-                found.append(np.asarray(read)[: len(chosen)])
-        sides = [np.concatenate(found) for found in outputs.values()]
-        return self._objective.decode(sides[0] if len(sides) == 1 else np.stack(sides), examples)
+        read = functools.partial(self._read, params)
+        return answer(self._objective, read, examples, batch_size=self.tuning.batch_size)
 
     def num_cut(self, examples: Sequence[Any]) -> int:
         return len(self._objective.encode(examples).cut)
-
-    @functools.cached_property
-    def _read(self) -> Callable[..., jax.Array]:
-        def read(params: Params, tokens: jax.Array, segment_ids: jax.Array) -> jax.Array:
-            with use_mesh(self._blueprint.mesh):
-                return self._blueprint.merge(params)(tokens, segment_ids)
-
-        return jax.jit(read)
 
 
 def form_of(tuning: FineTuning, model: Opened, data: Mapping[str, Sequence[Any]]) -> TaskForm:
@@ -160,12 +138,6 @@ def form_of(tuning: FineTuning, model: Opened, data: Mapping[str, Sequence[Any]]
         if count := form.num_cut(examples):
             print(f"{split}: {count} of {len(examples)} examples are longer than {dict(tuning.lengths)}, hence cut")
     return form
-
-
-def put(batch: Mapping[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
-    """Features [B] or [B, T] on the mesh."""
-    place = lambda x: jax.device_put(x, sharding(mesh, x.shape, ("batch", "length")[: x.ndim]))  # noqa: E731
-    return {name: place(value) for name, value in batch.items()}
 
 
 def _check_labels(task: Any, data: Mapping[str, Sequence[Any]]) -> None:

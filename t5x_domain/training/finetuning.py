@@ -24,9 +24,10 @@ from t5x_domain.files import write_atomically
 from t5x_domain.inference.heads import HEAD_FILE
 from t5x_domain.inference.opened import Opened, open_model
 from t5x_domain.models.names import path_name
+from t5x_domain.parallel.sharding import put
 from t5x_domain.training.checkpoint import Checkpoints, Retention
 from t5x_domain.training.finetune_config import TRAIN, VALIDATION, FineTuning
-from t5x_domain.training.finetune_tasks import TaskForm, form_of, put
+from t5x_domain.training.finetune_tasks import TaskForm, form_of
 from t5x_domain.training.layerwise import multipliers, with_fresh_top
 from t5x_domain.training.loop import EXIT_PREEMPTED, PreemptionNotice
 from t5x_domain.training.metrics import MetricsWriter
@@ -46,8 +47,11 @@ def finetune(tuning: FineTuning) -> int:
       0, or EXIT_PREEMPTED after a SIGTERM: everything is saved and the same command goes on from there.
 
     Raises:
-      UserError: the task, the model, the configuration or the folder is not fit for use; or updates were not finite.
+      UserError: the task, the model, the configuration or the folder is not fit for use; updates were not finite; or
+        there are several processes.
     """
+    if jax.process_count() > 1:
+        raise UserError(f"fine-tuning runs in one process, not in {jax.process_count()}; start it on one host.")
     data = _examples(tuning)
     model = open_model(tuning.init_from, flag="--init_from", mesh=tuning.mesh)
     form = form_of(tuning, model, data)
@@ -86,7 +90,7 @@ class Record:
     """What early stopping has seen so far; saved with every checkpoint.
 
     Attributes:
-      best_step, best_score: the evaluation with the highest score, the earliest of equals.
+      best_step, best_score: the best evaluation, the earliest of equals; more is better.
       stale: evaluations since then.
     """
 
@@ -128,7 +132,9 @@ class SeedRun:
             factors = multipliers(self._blueprint, layer_decay=tuning.layer_decay, freeze_layers=tuning.freeze_layers)
         self._transform = updates.build(self._blueprint.axes, factors)
         loss = _without_frozen(self._blueprint, form.loss, updates.frozen(self._blueprint.axes, factors))
-        self._step = make_train_step(self._blueprint, loss, self._transform, seed=seed)
+        self._step = make_train_step(
+            self._blueprint, loss, self._transform, seed=seed, accumulation_steps=tuning.accumulation_steps
+        )
 
     def train(self, notice: PreemptionNotice) -> Tree | None:
         """The parameters of the best evaluation, of the last step without a validation split; None if told to stop.
@@ -139,8 +145,9 @@ class SeedRun:
         total, every = tuning.num_steps(num_examples), tuning.steps_between_evaluations(num_examples)
         with contextlib.ExitStack() as closing:
             latest, best = (
-                closing.enter_context(contextlib.closing(Checkpoints(self._folder / name, Retention(last=1))))
-                for name in ("checkpoints", "best")
+                closing.enter_context(contextlib.closing(Checkpoints(self._folder / name, Retention(last=last))))
+                # Until the newest checkpoint names the new best one, the one before it may still be wanted.
+                for name, last in (("checkpoints", 1), ("best", 2))
             )
             state, start, record = self._start(latest)
             writer = closing.enter_context(
@@ -154,7 +161,7 @@ class SeedRun:
                 if step % _LOG_EVERY == 0 or step == total:
                     self._log(writer, step, metrics)
                 evaluated = step % every == 0 or step == total
-                is_best = evaluated and self._has_validation and record.improved(step, self._evaluate(writer, state))
+                is_best = evaluated and self._has_validation and record.improved(step, self._goodness(writer, state))
                 if is_best and best.latest_step != step:  # or it was saved just before an interruption
                     best.save(state, step, {})
                     best.wait()  # a record must not name a checkpoint that is not there
@@ -180,7 +187,7 @@ class SeedRun:
     def _batch(self, step: int) -> dict[str, jax.Array]:
         examples = self._data[TRAIN]
         chosen = batch_positions(self._seed, step, batch_size=self._tuning.batch_size, num_examples=len(examples))
-        return put(self._form.batch([examples[i] for i in chosen]), self._blueprint.mesh)
+        return put(self._blueprint.mesh, self._form.batch([examples[i] for i in chosen]))
 
     def _is_over(self, record: Record) -> bool:
         return self._tuning.patience is not None and record.stale >= self._tuning.patience
@@ -192,7 +199,8 @@ class SeedRun:
     def _merged(self, state: TrainState) -> Tree:
         return state.params if self._tuning.lora is None else self._tuning.lora.merge(state.params)
 
-    def _evaluate(self, writer: MetricsWriter, state: TrainState) -> float:
+    def _goodness(self, writer: MetricsWriter, state: TrainState) -> float:
+        """Scores the validation split; more is better."""
         step, examples = int(state.step), self._data[VALIDATION]
         scores = self._tuning.task.score(examples, self._form.predict(self._merged(state), examples))
         writer.evaluated(step, {VALIDATION: scores})
@@ -201,7 +209,7 @@ class SeedRun:
         metric = self._tuning.metric or next(iter(scores))
         if metric not in scores:
             raise UserError(f"FineTuning.metric = {metric!r}: the task has {', '.join(scores)}.")
-        return scores[metric]
+        return -scores[metric] if self._tuning.lower_is_better else scores[metric]
 
     def _log(self, writer: MetricsWriter, step: int, metrics: Mapping[str, jax.Array]) -> None:
         values = {key: float(metrics[key]) for key in ("loss", "grad_norm", "skipped")}
@@ -271,6 +279,8 @@ def _write_model(form: TaskForm, params: Tree, folder: Path) -> None:
     unrolled = leaves(base, model.blueprint.config)
     tensors = {leaf.parts[0]: Tensor.of(np.asarray(flat[leaf.name])) for leaf in unrolled}
     facts = {**model.facts, "started_from": Path(model.origin).name}
+    if template := getattr(form.tuning.task, "input_template", None):
+        facts["input_template"] = template
     write_checkpoint(
         Checkpoint(str(folder), base, config, tensors, model.vocabulary, facts=facts), str(folder), "native"
     )

@@ -13,7 +13,7 @@ from t5x_domain.conversion.huggingface import require_exportable
 from t5x_domain.data.curriculum import Phase
 from t5x_domain.data.tasks import Mixture
 from t5x_domain.errors import UserError
-from t5x_domain.files import write_atomically
+from t5x_domain.files import changed_keys, write_atomically
 from t5x_domain.models.assemblies import DecoderOnly, LanguageModel
 from t5x_domain.models.config import ModelConfig
 from t5x_domain.objectives.losses import language_model_loss
@@ -140,7 +140,7 @@ class Run:
         record = folder / "run.json"
         if record.exists() and _has_begun(folder):
             before = json.loads(record.read_text(encoding="utf-8"))
-            changed = [key for key in {**before, **identity} if before.get(key) != identity.get(key)]
+            changed = changed_keys(before, identity)
             if changed:
                 differences = "; ".join(f"{key} was {before.get(key)!r}, is {identity.get(key)!r}" for key in changed)
                 raise UserError(

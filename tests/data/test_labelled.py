@@ -167,7 +167,7 @@ def test_refuses_bad_records(write, records, settings, said):
         ({"kind": "regression"}, "LabelledTask.kind = 'regression'"),
         ({"files": "a.csv"}, "LabelledTask.files = 'a.csv'"),
         ({"input_template": "{text"}, "LabelledTask.input_template"),
-        ({"input_template": "{}"}, "at least one field by name"),
+        ({"input_template": "{}"}, "write one or more fields"),
         ({"metrics": ["f2"]}, "LabelledTask.metrics has 'f2'"),
         ({"labels": ["a", "a"]}, "each label once"),
     ],

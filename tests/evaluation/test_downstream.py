@@ -13,6 +13,7 @@ from t5x_domain.data.vocabulary import ByteVocabulary
 from t5x_domain.errors import UserError
 from t5x_domain.evaluation import downstream
 from t5x_domain.evaluation.downstream import TaskEvaluation
+from t5x_domain.inference import answering
 
 VOCABULARY = ByteVocabulary()
 
@@ -29,27 +30,30 @@ class Rote:
     targets = inputs
 
     def generator(self, model, decoding, *, batch_size):
-        def write(inputs):
+        def write(inputs, *, params):
+            assert params is None
             self.asked += [(VOCABULARY.decode(ids), decoding.max_tokens, batch_size) for ids in inputs]
             return [[SimpleNamespace(text=self.answers[VOCABULARY.decode(ids)])] for ids in inputs]
 
         return write
 
-    def choose(self, model, inputs, choices, *, batch_size):
+    def scorer(self, model, *, batch_size):
+        return self
+
+    def choose(self, inputs, choices, *, params):
         return np.array(
             [[float(choice == self.answers[VOCABULARY.decode(ids)]) for choice in choices] for ids in inputs]
         )
 
-    def score_targets(self, model, inputs, targets, *, batch_size):
+    def __call__(self, inputs, targets):
         return np.array([[-float(len(target)), len(target)] for target in targets])
 
 
 @pytest.fixture
 def rote(monkeypatch):
     model = Rote({})
-    monkeypatch.setattr(downstream, "Generator", model.generator)
-    monkeypatch.setattr(downstream, "choose", model.choose)
-    monkeypatch.setattr(downstream, "score_targets", model.score_targets)
+    monkeypatch.setattr(answering, "Generator", model.generator)
+    monkeypatch.setattr(answering, "Scorer", model.scorer)
     return model
 
 
@@ -104,11 +108,22 @@ def test_written_tags_are_made_to_fit(tmp_path, rote, written, f1):
     assert TaskEvaluation([task(tmp_path, "tagging", records)]).scores(rote)["tagging"]["entity_f1"] == f1
 
 
+def test_pairs_are_found_among_all_that_belong_to_any(tmp_path, rote, monkeypatch):
+    records = [{"text": "a", "label": "x"}, {"text": "a", "label": "y"}, {"text": "b", "label": "x"}]
+    vectors = {"a": [1, 0], "b": [0, 1], "x": [3, 1], "y": [1, 3]}  # a is nearer to x, b to y
+    monkeypatch.setattr(
+        downstream, "Embedder", lambda model, *, batch_size: lambda texts: np.array([vectors[text] for text in texts])
+    )
+    scores = TaskEvaluation([task(tmp_path, "pairs", records)]).scores(rote)["pairs"]
+    # Of two texts, a finds one of its two first, b its only one second.
+    assert scores["recall@1"] == pytest.approx((1 / 2 + 0) / 2)
+    assert scores["mrr"] == pytest.approx((1 + 1 / 2) / 2)
+    assert scores["examples"] == 3
+
+
 def test_tasks_that_cannot_be_asked_are_refused(tmp_path):
     records = [{"text": "a", "label": "b"}]
-    with pytest.raises(UserError, match="pairs cannot be answered in text"):
-        TaskEvaluation([task(tmp_path, "pairs", records)])
-    without = LabelledTask("unlabelled", {"validation": str(tmp_path / "pairs.jsonl.gz")})
+    without = LabelledTask("unlabelled", {"validation": str(tmp_path / "none.jsonl.gz")})
     with pytest.raises(UserError, match="'unlabelled' has no training split to find labels in"):
         TaskEvaluation([without])
     with pytest.raises(UserError, match="'unlabelled' has no training split to find labels in"):

@@ -82,10 +82,11 @@ def test_leaked_items_are_counted_whatever_their_case_and_white_space():
 @pytest.mark.parametrize(
     ("template", "said"),
     [
-        ("just words", "shows nothing of the item"),
-        ("{inputs", "write a literal brace twice"),
+        ("just words", "write one or more fields"),
+        ("{inputs", "a brace twice"),
         ("{inputs} {label}", "tells the answer, field 'label'"),
-        ("{inputs} {label[0]}", "tells the answer, field 'label'"),
+        ("{inputs:{label}}", "by nothing but their names"),
+        ("{inputs!r}", "by nothing but their names"),
     ],
 )
 def test_templates_that_ask_nothing_or_tell_the_answer_are_refused(template, said):
@@ -94,8 +95,10 @@ def test_templates_that_ask_nothing_or_tell_the_answer_are_refused(template, sai
 
 
 def test_bad_requests_are_refused():
-    with pytest.raises(UserError, match="item x has no field 'year'; it has inputs, topic"):
-        prompts.filled("{year}", ITEM)
+    with pytest.raises(UserError, match="item x: there is no field 'year', only topic, inputs; mend the template"):
+        Prompt("{year}", 0, ()).ask(ITEM)
+    with pytest.raises(UserError, match=r"there is no field 'topic\.__class__'"):
+        Prompt("{topic.__class__}", 0, ()).ask(ITEM)
     with pytest.raises(UserError, match="2 training items are fewer than shots = 3"):
         candidates(["{inputs}"], TRAINING[:2], shots=3, draws=1, seed=0)
     with pytest.raises(UserError, match="no prompt template"):

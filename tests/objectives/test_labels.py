@@ -28,7 +28,7 @@ from t5x_domain.objectives.labels import (
     spans_loss,
     tagging_loss,
 )
-from t5x_domain.parallel.sharding import batch_sharding
+from t5x_domain.parallel.sharding import put
 from t5x_domain.training.optimizer import AdamW, Updates
 from t5x_domain.training.schedule import constant
 from t5x_domain.training.step import make_eval_step, make_train_step
@@ -230,7 +230,7 @@ def test_one_tag_for_each_word(pieces, text, length, as_bytes):
 @given(words)
 def test_pieces_are_the_encoding_in_order(pieces, text):
     for vocabulary in (BYTES, pieces):
-        its = Pieces.of(vocabulary, text)
+        its = Pieces(*vocabulary.encode_with_offsets(text))
         np.testing.assert_array_equal(its.ids, vocabulary.encode(text))
         assert (its.begins <= its.ends).all() and (its.ends[:-1] <= its.begins[1:]).all()
         assert len(its.ends) == 0 or its.ends[-1] <= len(text)
@@ -332,7 +332,7 @@ def test_negatives_are_the_same_on_any_mesh():
     values = []
     for mesh in (tiny.mesh(), tiny.mesh(data=2, fsdp=2, tensor=2)):
         blueprint = tiny.blueprint(mesh, head("pairs"), SMALL)
-        placed = jax.device_put(rows.features, batch_sharding(mesh, rows.features))
+        placed = put(mesh, rows.features)
         values.append(float(make_eval_step(blueprint, pairs_loss)(blueprint.init(0), placed)["nll"]))
     assert values[0] == pytest.approx(values[1], rel=1e-5)
 

@@ -234,6 +234,25 @@ def test_early_stopping_keeps_the_best(folder, tmp_path, monkeypatch):
         np.testing.assert_array_equal(array, theirs[name], err_msg=name)
 
 
+def test_the_metric_says_which_way_is_better(folder, tmp_path, monkeypatch):
+    def kept(name, scores, **fields):
+        said = iter([*scores, 0.0, 0.0])  # two evaluations, then what is kept is scored on both splits
+        monkeypatch.setattr(LabelledTask, "score", lambda *_: {"error": next(said)})
+        finetune(tuning(folder, tmp_path / name, head="task", steps=2, eval_every=1, **fields))
+        return weights(tmp_path / name / "seed_0/model")["encoder/0/self_attention/inner/query/kernel"]
+
+    lowest = kept("lowest", [0.1, 0.2], lower_is_better=True)
+    np.testing.assert_array_equal(lowest, kept("first", [0.2, 0.1]))
+    assert not np.array_equal(lowest, kept("highest", [0.1, 0.2]))
+
+
+def test_a_batch_can_be_learnt_in_parts(folder, tmp_path, monkeypatch):
+    asked, make = [], finetuning.make_train_step
+    monkeypatch.setattr(finetuning, "make_train_step", lambda *a, **k: asked.append(k) or make(*a, **k))
+    finetune(tuning(folder, tmp_path / "out", head="task", steps=1, batch_size=16, accumulation_steps=2))
+    assert asked[0]["accumulation_steps"] == 2
+
+
 def test_a_head_and_low_rank_factors_learn_and_merge(folder, tmp_path):
     lora = tuning(folder, tmp_path / "out", steps=40, eval_every=40, lora=Lora(rank=2), head="task", dropout_rate=0.0)
     assert finetune(lora) == 0
@@ -277,6 +296,7 @@ def test_every_kind_of_head_learns_by_heart(folder, tmp_path, kind):
     [
         ({"epochs": 2}, "set one of steps and epochs"),
         ({"steps": None}, "set one of steps and epochs"),
+        ({"accumulation_steps": 3}, r"FineTuning.accumulation_steps = 3: batch_size"),
         ({"patience": 0}, r"FineTuning.patience = 0: it must be above 0"),
         ({"head": "tex"}, r"FineTuning.head = 'tex': choose 'text' or 'task'"),
         ({"seeds": (1, 1)}, r"FineTuning.seeds = \[1, 1\]: give different numbers"),
