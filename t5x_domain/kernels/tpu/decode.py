@@ -135,8 +135,8 @@ def _kernel(start, stop, rows, keys, values, bias, out, top, total, *, block, st
             now = jnp.maximum(before, logits.max(axis=1, keepdims=True))
             weights = jnp.exp2(logits - now[:, :1])
             shrink = jnp.exp2(before - now)
-            # Beyond the cache's end anything may lie in memory, and 0 times NaN is NaN.
-            value = jnp.where(position < stop[b], values[head], 0)
+            # Where nothing was written anything may lie in memory, and 0 times NaN is NaN.
+            value = jnp.where((position >= start[b]) & (position < stop[b]), values[head], 0)
             total[head] = shrink * total[head] + weights.sum(axis=1, keepdims=True)
             out[head] = shrink[:, :1] * out[head] + dot(weights.astype(value.dtype), value, 1, 0)
             top[head] = now
