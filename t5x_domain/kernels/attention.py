@@ -1,22 +1,19 @@
-"""Attention with T5's relative bias inside: the one entry that models call.
-
-Queries are taken a chunk at a time and the backward pass recomputes the probabilities from their log-sum-exp
-(Dao et al. 2022, "FlashAttention", section 3.1), so neither direction stores an array of queries times keys, and the
-gradient of the bias table is summed along diagonals on the way.
-"""
+"""Attention with T5's relative bias inside: the one entry that models call."""
 
 import functools
-import math
+import logging
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
-from t5x_domain.kernels.barrier import computed_once
-from t5x_domain.kernels.mask import KeyIntervals, Mask, SegmentIds, key_intervals
-from t5x_domain.kernels.precision import accumulator
-from t5x_domain.kernels.relative_bias import RelativeBias, diagonals, toeplitz, toeplitz_transpose
+from t5x_domain.errors import UserError
+from t5x_domain.kernels.attention_tpu import Maps, Options, attention_tpu, plan_tpu
+from t5x_domain.kernels.attention_xla import attention_xla
+from t5x_domain.kernels.mask import Mask, SegmentIds, key_intervals
+from t5x_domain.kernels.relative_bias import RelativeBias
 
-_MASKED = -1e30  # finite: a row without keys must not become NaN
+Backend = Literal["auto", "xla", "tpu", "hopper"]
 
 
 def attention(
@@ -30,6 +27,10 @@ def attention(
     prefix: jax.Array | None = None,
     scale: float = 1.0,
     softcap: float | None = None,
+    query_offset: jax.typing.ArrayLike = 0,
+    key_offset: jax.typing.ArrayLike = 0,
+    backend: Backend = "auto",
+    plan: Maps | None = None,
     chunk_size: int | None = None,
 ) -> jax.Array:
     """softmax(softcap(scale q k^T + bias)) v, with f32 logits and probabilities.
@@ -44,171 +45,108 @@ def attention(
       prefix: [B, Sk], 1 on tokens seen by their whole segment although `mask` is causal.
       scale: factor of the logits; T5 uses 1.
       softcap: logits become `softcap * tanh(logits / softcap)` (Gemma 2, section 2).
-      chunk_size: queries handled at once. By default 64 on a CPU, whose cache then holds the logits, else 1024.
+      query_offset: position of the first query, int32, where the arrays are parts of longer sequences.
+      key_offset: position of the first key.
+      backend: "xla" runs anywhere, "tpu" is for TPUs; "auto" takes the one made for the device.
+      plan: of `attention_plan`; None to find it out again.
+      chunk_size: of `attention_xla`; None for its own choice.
 
     Returns:
       [B, Sq, H, D] in q's dtype. Queries that see no key give zeros.
 
     Raises:
       ValueError: shapes do not fit together.
+      UserError: the backend cannot do what is asked for.
     """
-    (batch, query_length, heads, _), (_, key_length, kv_heads, _) = q.shape, k.shape
+    heads, kv_heads = q.shape[2], k.shape[2]
     if heads % kv_heads or k.shape != v.shape:
         raise ValueError(f"attention: {heads} query heads, keys {k.shape} and values {v.shape} do not fit together")
     if relative_bias is not None and relative_bias.table.shape[1] != heads:
         raise ValueError(f"attention: bias table {relative_bias.table.shape} is not for {heads} heads")
-    intervals = key_intervals(mask, query_length, key_length, segment_ids=segment_ids, prefix=prefix)
-    intervals = KeyIntervals(*(jnp.broadcast_to(a, (batch, query_length)) for a in intervals))
-
-    largest = chunk_size or (64 if jax.default_backend() == "cpu" else 1024)
-    chunks = math.ceil(query_length / largest)
-    chunk = math.ceil(query_length / chunks)
-    padding = chunks * chunk - query_length  # queries without keys, at the end
-    pad = lambda a: jnp.pad(a, ((0, 0), (0, padding)) + ((0, 0),) * (a.ndim - 2))  # noqa: E731
-    diagonal = None if relative_bias is None else diagonals(relative_bias, query_length + padding, key_length)
-    out = _attention(pad(q), k, v, diagonal, KeyIntervals(*map(pad, intervals)), chunk, scale, softcap)
-    return out[:, :query_length]
+    place = _place(mask, q.shape[1], k.shape[1], relative_bias, segment_ids, prefix, query_offset, key_offset)
+    if _choose(backend, q.dtype, q.shape[3]) == "xla":
+        return attention_xla(q, k, v, **place, scale=scale, softcap=softcap, chunk_size=chunk_size)
+    if _sees_everything(mask, segment_ids):
+        place["intervals"] = None
+    return attention_tpu(q, k, v, **place, options=Options(scale, softcap), maps=plan)
 
 
-# Inside, heads stand before positions and are grouped by the key head they share: [B, Hk, G, S, D].
+def attention_plan(
+    q: jax.Array | jax.ShapeDtypeStruct,
+    k: jax.Array | jax.ShapeDtypeStruct,
+    *,
+    mask: Mask,
+    relative_bias: RelativeBias | None = None,
+    segment_ids: SegmentIds | None = None,
+    prefix: jax.Array | None = None,
+    query_offset: jax.typing.ArrayLike = 0,
+    key_offset: jax.typing.ArrayLike = 0,
+    backend: Backend = "auto",
+) -> Maps | None:
+    """What `attention` would find out of the mask, so that layers with the same mask share it.
+
+    Args:
+      q: shape and dtype of the queries, [B, Sq, H, D].
+      k: of the keys.
+
+    The others are those of `attention`, which takes the result as `plan`. None where the backend has no use for it.
+    """
+    if _choose(backend, q.dtype, q.shape[3]) == "xla":
+        return None
+    place = _place(mask, q.shape[1], k.shape[1], relative_bias, segment_ids, prefix, query_offset, key_offset)
+    if _sees_everything(mask, segment_ids):
+        place["intervals"] = None
+    return plan_tpu(q.shape[1], k.shape[1], q.shape[3], **place)
 
 
-def _logits(q, k, diagonal, index, intervals, *, scale, softcap):
-    """Masked logits [B, Hk, G, C, Sk] of one chunk and the soft cap's derivative (1.0 without one)."""
-    chunk, key_length = q.shape[-2], k.shape[-2]
-    logits = jnp.einsum("bkgcd,bksd->bkgcs", q, k, preferred_element_type=accumulator(q.dtype))
-    if scale != 1.0:
-        logits = logits * scale
-    if diagonal is not None:
-        logits = logits + _bias_chunk(diagonal, index, chunk, key_length).reshape(1, *logits.shape[1:])
-    slope = 1.0
-    if softcap is not None:
-        capped = jnp.tanh(logits / softcap)
-        logits, slope = capped * softcap, 1.0 - capped**2
-    column = jnp.arange(key_length)
-    allowed = (column >= intervals.start[..., None]) & (column < intervals.stop[..., None])  # [B, C, Sk]
-    return jnp.where(allowed[:, None, None], logits, _MASKED), slope
-
-
-def _bias_chunk(diagonal, index, chunk, key_length):
-    start, size = _diagonal_slice(diagonal, index, chunk, key_length)
-    # Once, not again for each row of the batch.
-    return computed_once(toeplitz(jax.lax.dynamic_slice_in_dim(diagonal, start, size, 1), chunk))
-
-
-def _diagonal_slice(diagonal, index, chunk, key_length):
-    """Start and length of the diagonals that cross the `index`-th chunk of queries."""
-    last_query = index * chunk + chunk - 1
-    return diagonal.shape[1] - key_length - last_query, chunk + key_length - 1
-
-
-def _split(x, axis, chunk):
-    """Moves chunks of `axis` to the front, to scan over."""
-    shape = x.shape
-    x = x.reshape(*shape[:axis], shape[axis] // chunk, chunk, *shape[axis + 1 :])
-    return jnp.moveaxis(x, axis, 0)
-
-
-def _join(x, axis):
-    x = jnp.moveaxis(x, 0, axis)
-    return x.reshape(*x.shape[:axis], x.shape[axis] * x.shape[axis + 1], *x.shape[axis + 2 :])
-
-
-def _heads_first(q, k, v):
-    batch, length, heads, dim = q.shape
-    kv_heads = k.shape[2]
-    q = jnp.moveaxis(q.reshape(batch, length, kv_heads, heads // kv_heads, dim), 1, 3)
-    return q, jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)
-
-
-def _queries_first(x):
-    """[B, Hk, G, S, D] -> [B, S, H, D]."""
-    batch, kv_heads, groups, length, dim = x.shape
-    return jnp.moveaxis(x, 3, 1).reshape(batch, length, kv_heads * groups, dim)
-
-
-def _forward(q, k, v, diagonal, intervals, *, chunk, scale, softcap):
-    """Output [B, S, H, D] and log-sum-exp of the logits [chunks, B, Hk, G, C]."""
-    q, k, v = _heads_first(q, k, v)
-
-    def body(_, xs):
-        index, q_chunk, rows = xs
-        logits, _ = _logits(q_chunk, k, diagonal, index, rows, scale=scale, softcap=softcap)
-        largest = logits.max(axis=-1, keepdims=True)
-        # A row without keys has only _MASKED logits: exp(0) = 1 everywhere, so it is zeroed by its empty interval.
-        probabilities = jnp.exp(logits - largest)
-        total = probabilities.sum(axis=-1)
-        out = jnp.einsum(
-            "bkgcs,bksd->bkgcd", probabilities.astype(v.dtype), v, preferred_element_type=accumulator(q.dtype)
-        )
-        seen = (rows.stop > rows.start)[:, None, None]
-        out = out * jnp.where(seen, 1.0 / total, 0.0)[..., None]
-        return None, (out.astype(v.dtype), largest[..., 0] + jnp.log(total))
-
-    rows = KeyIntervals(*(_split(a, 1, chunk) for a in intervals))
-    _, (out, lse) = jax.lax.scan(body, None, (jnp.arange(q.shape[3] // chunk), _split(q, 3, chunk), rows))
-    return _queries_first(_join(out, 3)), lse
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
-def _attention(q, k, v, diagonal, intervals, chunk, scale, softcap):
-    return _forward(q, k, v, diagonal, intervals, chunk=chunk, scale=scale, softcap=softcap)[0]
-
-
-def _attention_fwd(q, k, v, diagonal, intervals, chunk, scale, softcap):
-    out, lse = _forward(q, k, v, diagonal, intervals, chunk=chunk, scale=scale, softcap=softcap)
-    return out, (q, k, v, diagonal, intervals, out, lse)
-
-
-def _attention_bwd(chunk, scale, softcap, residuals, d_out):
-    q, k, v, diagonal, intervals, out, lse = residuals
-    # sum_s p_s dp_s = out . d_out, once a query (FlashAttention, appendix B.2).
-    delta = (out.astype(accumulator(q.dtype)) * d_out).sum(axis=-1)
-    batch, length, heads = delta.shape
-    delta = jnp.moveaxis(delta.reshape(batch, length, k.shape[2], -1), 1, 3)
-    d_out, _, _ = _heads_first(d_out, k, v)
-    q, k, v = _heads_first(q, k, v)
-
-    def body(carry, xs):
-        dk, dv, d_diagonal = carry
-        index, q_chunk, rows, lse_chunk, delta_chunk, d_out_chunk = xs
-        logits, slope = _logits(q_chunk, k, diagonal, index, rows, scale=scale, softcap=softcap)
-        seen = (rows.stop > rows.start)[:, None, None, :, None]
-        probabilities = jnp.where(seen, jnp.exp(logits - lse_chunk[..., None]), 0.0)
-        dp = jnp.einsum("bkgcd,bksd->bkgcs", d_out_chunk, v, preferred_element_type=accumulator(q.dtype))
-        # Once, not again for each of the three gradients made of it.
-        ds = computed_once(probabilities * (dp - delta_chunk[..., None]) * slope)
-        dv += jnp.einsum(
-            "bkgcs,bkgcd->bksd", probabilities.astype(v.dtype), d_out_chunk, preferred_element_type=accumulator(q.dtype)
-        )
-        if d_diagonal is not None:
-            block = ds.sum(axis=0).reshape(heads, chunk, k.shape[2])
-            start, size = _diagonal_slice(d_diagonal, index, chunk, k.shape[2])
-            here = jax.lax.dynamic_slice_in_dim(d_diagonal, start, size, 1) + toeplitz_transpose(block)
-            d_diagonal = jax.lax.dynamic_update_slice_in_dim(d_diagonal, here, start, 1)
-        ds = (ds * scale if scale != 1.0 else ds).astype(k.dtype)
-        dk += jnp.einsum("bkgcs,bkgcd->bksd", ds, q_chunk, preferred_element_type=accumulator(q.dtype))
-        dq = jnp.einsum("bkgcs,bksd->bkgcd", ds, k, preferred_element_type=accumulator(q.dtype))
-        return (dk, dv, d_diagonal), dq.astype(q.dtype)
-
-    zeros = lambda a: None if a is None else jnp.zeros(a.shape, accumulator(a.dtype))  # noqa: E731
-    xs = (
-        jnp.arange(length // chunk),
-        _split(q, 3, chunk),
-        KeyIntervals(*(_split(a, 1, chunk) for a in intervals)),
-        lse,
-        _split(delta, 3, chunk),
-        _split(d_out, 3, chunk),
+def _place(mask, query_length, key_length, relative_bias, segment_ids, prefix, query_offset, key_offset):
+    """Where queries stand and what they see, as the backends take it."""
+    whole = isinstance(query_offset, int) and isinstance(key_offset, int) and query_offset == key_offset
+    if mask.global_tokens and not whole:
+        raise UserError("attention: global_tokens needs whole sequences, but query_offset or key_offset is given")
+    intervals = key_intervals(
+        mask,
+        query_length,
+        key_length,
+        segment_ids=segment_ids,
+        prefix=prefix,
+        query_offset=query_offset,
+        key_offset=key_offset,
     )
-    (dk, dv, d_diagonal), dq = jax.lax.scan(body, (zeros(k), zeros(v), zeros(diagonal)), xs)
-    positions_first = lambda a: jnp.moveaxis(a, 1, 2)  # noqa: E731
-    return (
-        _queries_first(_join(dq, 3)),
-        positions_first(dk).astype(k.dtype),
-        positions_first(dv).astype(v.dtype),
-        d_diagonal,
-        None,
-    )
+    return {"relative_bias": relative_bias, "intervals": intervals, "shift": key_offset - query_offset}
 
 
-_attention.defvjp(_attention_fwd, _attention_bwd)
+def _sees_everything(mask: Mask, segment_ids: SegmentIds | None) -> bool:
+    return not mask.causal and mask.window is None and segment_ids is None
+
+
+def _choose(backend: Backend, dtype: jnp.dtype, head_dim: int) -> Backend:
+    """The backend that is meant, if it can do it."""
+    if backend == "auto":
+        return _of_device(_platform(), dtype, head_dim)
+    if backend not in ("xla", "tpu"):
+        raise UserError(f'attention: backend="{backend}" is not available; take "auto", "xla" or "tpu"')
+    if backend == "tpu" and (reason := _not_for_tpu(dtype, head_dim)) is not None:
+        raise UserError(f'attention: backend="tpu" {reason}; take backend="xla"')
+    return backend
+
+
+@functools.cache
+def _of_device(platform: str, dtype: jnp.dtype, head_dim: int) -> Backend:
+    """The backend for a device, said once."""
+    reason = _not_for_tpu(dtype, head_dim) if platform == "tpu" else f"the device is a {platform}"
+    backend = "xla" if reason else "tpu"
+    logging.info("attention: backend %s, because %s", backend, reason or "the device is a TPU")
+    return backend
+
+
+def _platform() -> str:
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
+def _not_for_tpu(dtype: jnp.dtype, head_dim: int) -> str | None:
+    """Why the TPU's kernels cannot do it."""
+    if dtype not in (jnp.float32, jnp.bfloat16):
+        return f"takes float32 and bfloat16, not {dtype}"
+    return f"takes head_dim up to 256, not {head_dim}" if head_dim > 256 else None

@@ -1,7 +1,8 @@
-"""Attention masks as one interval of keys for each query, never a (query, key) array.
+"""Attention masks as intervals of keys for each query, never a (query, key) array.
 
 Bidirectional, causal, prefix and sliding-window attention over packed segments, and their conjunctions, all admit a
-contiguous run of keys for each query, because the tokens of a packed segment are contiguous.
+contiguous run of keys for each query, because the tokens of a packed segment are contiguous. Global tokens beside a
+window admit a second run.
 """
 
 import dataclasses
@@ -18,10 +19,14 @@ class Mask:
     Attributes:
       causal: only keys up to the query, and the prefix of its segment where one is given.
       window: keys at most `window[0]` before and `window[1]` after the query; None for no limit.
+      global_tokens: the first tokens of each segment, so many, that the window does not concern: all queries of the
+        segment see them and they see all its keys, as far as `causal` allows (Beltagy et al. 2020, "Longformer",
+        section 3.1).
     """
 
     causal: bool = False
     window: tuple[int, int] | None = None
+    global_tokens: int = 0
 
 
 BIDIRECTIONAL = Mask()
@@ -36,10 +41,20 @@ class SegmentIds(NamedTuple):
 
 
 class KeyIntervals(NamedTuple):
-    """Query i of a row sees the keys `start[i] <= j < stop[i]`; [B or 1, Sq] int32. Empty for padding."""
+    """Query i of a row sees the keys `start[i] <= j < stop[i]`; [B or 1, Sq] int32. Empty for padding.
+
+    With global tokens also those of a second interval, which never overlaps the first; None without.
+    """
 
     start: jax.Array
     stop: jax.Array
+    global_start: jax.Array | None = None
+    global_stop: jax.Array | None = None
+
+    def nonempty(self) -> jax.Array:
+        """[B or 1, Sq] bool, queries that see a key."""
+        result = self.stop > self.start
+        return result if self.global_start is None else result | (self.global_stop > self.global_start)
 
 
 def key_intervals(
@@ -49,6 +64,8 @@ def key_intervals(
     *,
     segment_ids: SegmentIds | None = None,
     prefix: jax.Array | None = None,
+    query_offset: jax.typing.ArrayLike = 0,
+    key_offset: jax.typing.ArrayLike = 0,
 ) -> KeyIntervals:
     """The keys that each query sees.
 
@@ -57,14 +74,17 @@ def key_intervals(
       segment_ids: queries see keys of their own segment only; queries with id 0 see none.
       prefix: [B, Sk] int or bool, 1 on the leading tokens of a segment that all its queries see (prefix LM). Only
         meaningful with `mask.causal`.
+      query_offset: position of the first query, int32, where the arrays are parts of longer sequences.
+      key_offset: position of the first key. Intervals count from there.
 
     Returns:
       Intervals of keys, [B, Sq], or [1, Sq] if neither segment_ids nor prefix is given.
     """
-    position = jnp.arange(query_length, dtype=jnp.int32)[None]
+    position = jnp.arange(query_length, dtype=jnp.int32)[None] + query_offset - key_offset
     start, stop = jnp.zeros_like(position), jnp.full_like(position, key_length)
     if segment_ids is not None:
         start, stop = _segment_interval(segment_ids)
+    first = start
     if mask.causal:
         visible = position + 1
         if prefix is not None:
@@ -74,11 +94,22 @@ def key_intervals(
             in_segment = jnp.take_along_axis(count, stop, axis=1) - jnp.take_along_axis(count, start, axis=1)
             visible = jnp.maximum(visible, start + in_segment)
         stop = jnp.minimum(stop, visible)
-    if mask.window is not None:
-        before, after = mask.window
-        start = jnp.maximum(start, position - before)
-        stop = jnp.minimum(stop, position + after + 1)
-    return KeyIntervals(start, stop)
+    if mask.window is None:
+        return KeyIntervals(start, stop)
+    before, after = mask.window
+    near = jnp.maximum(start, position - before), jnp.minimum(stop, position + after + 1)
+    if not mask.global_tokens:
+        return KeyIntervals(*near)
+    # A global query keeps its whole interval; any other stands behind the global keys.
+    border = first + mask.global_tokens
+    local = position >= border
+    global_stop = jnp.where(local, jnp.minimum(jnp.minimum(border, near[0]), stop), first)
+    return KeyIntervals(
+        jnp.where(local, near[0], start),
+        jnp.where(local, near[1], stop),
+        jnp.broadcast_to(first, global_stop.shape),
+        global_stop,
+    )
 
 
 def _segment_interval(segment_ids: SegmentIds) -> tuple[jax.Array, jax.Array]:

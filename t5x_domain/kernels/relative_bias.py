@@ -57,19 +57,37 @@ def relative_position_bucket(
     return (bucket + np.where(distance < exact, distance, large)).astype(np.int32)
 
 
-def diagonals(bias: RelativeBias, query_length: int, key_length: int, query_offset: int = 0) -> jax.Array:
+def saturation(bias: RelativeBias) -> tuple[int, int]:
+    """(before, after), both >= 0: one bucket holds `key - query <= -before`, one `key - query >= after`."""
+    limit = max(bias.max_distance, bias.table.shape[0]) + 1
+    buckets = _buckets(bias, limit, limit)
+    before = limit - np.argmax(buckets != buckets[0]) + 1
+    after = limit - np.argmax(buckets[::-1] != buckets[-1]) + 1
+    return max(int(before), 0), max(int(after), 0)
+
+
+def _buckets(bias: RelativeBias, before: int, after: int) -> np.ndarray:
+    """Of the distances -before ... after."""
+    return relative_position_bucket(
+        np.arange(-before, after + 1),
+        bidirectional=bias.bidirectional,
+        num_buckets=bias.table.shape[0],
+        max_distance=bias.max_distance,
+    )
+
+
+def diagonals(
+    bias: RelativeBias, query_length: int, key_length: int, query_offset: jax.typing.ArrayLike = 0
+) -> jax.Array:
     """Bias of every diagonal: entry `j` belongs to `key - query = j - (query_length - 1) - query_offset`.
 
     Returns:
       [num_heads, query_length + key_length - 1] float32.
     """
-    relative_position = np.arange(query_length + key_length - 1) - (query_length - 1) - query_offset
-    buckets = relative_position_bucket(
-        relative_position,
-        bidirectional=bias.bidirectional,
-        num_buckets=bias.table.shape[0],
-        max_distance=bias.max_distance,
-    )
+    relative_position = jnp.arange(query_length + key_length - 1) - (query_length - 1) - query_offset
+    # Looked up, because logarithms on a device need not round as the host's do.
+    before, after = saturation(bias)
+    buckets = jnp.asarray(_buckets(bias, before, after))[jnp.clip(relative_position, -before, after) + before]
     table = bias.table.astype(accumulator(bias.table.dtype))
     # A product with one-hot rows, not a gather: its gradient is a product too, hence deterministic on every device.
     one_hot = jax.nn.one_hot(buckets, bias.table.shape[0], dtype=table.dtype)

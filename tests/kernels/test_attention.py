@@ -1,176 +1,25 @@
 """Attention and its gradients against a dense float64 reference that carries its own error bound."""
 
-import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_cases import Case, check, leading, make, segments
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jaxpr_shapes import intermediate_shapes
 
+from t5x_domain.errors import UserError
 from t5x_domain.kernels.attention import attention
-from t5x_domain.kernels.mask import BIDIRECTIONAL, CAUSAL, Mask, SegmentIds
-from t5x_domain.kernels.relative_bias import RelativeBias, relative_position_bucket
-
-# Unit roundoffs of the inputs' dtype and of the one that sums are kept in.
-UNITS = {"bfloat16": (2**-9, 2**-24), "float32": (2**-24, 2**-24), "float64": (2**-53, 2**-53)}
+from t5x_domain.kernels.mask import BIDIRECTIONAL, CAUSAL, Mask
+from t5x_domain.kernels.relative_bias import RelativeBias
 
 
-@dataclasses.dataclass
-class Case:
-    """Arrays in float64 and the options of one call."""
-
-    q: np.ndarray  # [B, Sq, H, D]
-    k: np.ndarray  # [B, Sk, Hk, D]
-    v: np.ndarray
-    d_out: np.ndarray
-    mask: Mask
-    table: np.ndarray | None = None  # [buckets, H]
-    bidirectional: bool = True
-    query_ids: np.ndarray | None = None
-    key_ids: np.ndarray | None = None
-    prefix: np.ndarray | None = None
-    scale: float = 1.0
-    softcap: float | None = None
-
-    def allowed(self) -> np.ndarray:
-        """[B, Sq, Sk] bool, the mask pair by pair."""
-        (batch, queries), keys = self.q.shape[:2], self.k.shape[1]
-        i, j = np.arange(queries)[:, None], np.arange(keys)[None]
-        result = np.ones((batch, queries, keys), bool)
-        if self.query_ids is not None:
-            result &= (self.query_ids[:, :, None] == self.key_ids[:, None]) & (self.query_ids[:, :, None] != 0)
-        if self.mask.causal:
-            in_prefix = np.zeros((batch, 1, keys), bool) if self.prefix is None else self.prefix[:, None] > 0
-            result &= (j <= i) | in_prefix
-        if self.mask.window is not None:
-            result &= (j - i >= -self.mask.window[0]) & (j - i <= self.mask.window[1])
-        return result
-
-    def reference(self, dtype: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """Output and gradients, each with a bound of what rounding may change.
-
-        Every result is a sum of products of exact inputs and of probabilities. A sum of n terms has an error of at most
-        n u times the sum of the terms' magnitudes, and exp turns an absolute error of a logit into a relative one of a
-        probability. So: relative error of any term <= epsilon, bound = epsilon * the same sum over magnitudes.
-        """
-        groups = self.q.shape[2] // self.k.shape[2]
-        k, v = (np.repeat(a, groups, axis=2) for a in (self.k, self.v))
-        queries, keys, dim = self.q.shape[1], k.shape[1], k.shape[3]
-        product = lambda spec, a, b: (np.einsum(spec, a, b), np.einsum(spec, abs(a), abs(b)))  # noqa: E731
-        raw, raw_size = (self.scale * a for a in product("bihd,bjhd->bhij", self.q, k))
-        bucket = relative_position_bucket(
-            np.arange(keys)[None] - np.arange(queries)[:, None],
-            bidirectional=self.bidirectional,
-            num_buckets=8,
-            max_distance=20,
-        )
-        if self.table is not None:
-            bias = self.table[bucket].transpose(2, 0, 1)
-            raw, raw_size = raw + bias, raw_size + abs(bias)
-        logits, slope = raw, 1.0
-        if self.softcap is not None:
-            logits = self.softcap * np.tanh(raw / self.softcap)
-            slope = 1 - np.tanh(raw / self.softcap) ** 2
-        allowed = self.allowed()[:, None]
-        p = np.where(allowed, np.exp(logits), 0)
-        p = p / np.maximum(p.sum(-1, keepdims=True), 1e-300)
-
-        out, out_size = product("bhij,bjhd->bihd", p, v)
-        dp, dp_size = product("bihd,bjhd->bhij", self.d_out, v)
-        delta, delta_size = (
-            np.einsum("bihd,bihd->bhi", a, b)[..., None] for a, b in ((out, self.d_out), (out_size, abs(self.d_out)))
-        )
-        ds, ds_size = p * (dp - delta) * slope, p * (dp_size + delta_size)
-        dv, dv_size = product("bhij,bihd->bjhd", p, self.d_out)
-        dq, dq_size = np.einsum("bhij,bjhd->bihd", ds, k), np.einsum("bhij,bjhd->bihd", ds_size, abs(k))
-        dk, dk_size = np.einsum("bhij,bihd->bjhd", ds, self.q), np.einsum("bhij,bihd->bjhd", ds_size, abs(self.q))
-        one_hot = np.eye(8)[bucket]
-        d_table, d_table_size = (np.einsum("ijn,bhij->nh", one_hot, a) for a in (ds, ds_size))
-        grouped = lambda a: a.reshape(*a.shape[:2], -1, groups, dim).sum(3)  # noqa: E731
-
-        # A logit's own sum has dim terms and the bias two, scale, cap, mask and log-sum-exp (keys) round a few times
-        # more; the cap's derivative 1 - tanh² cancels, which costs its relative error nothing below |raw| ~ softcap.
-        top = (raw_size * allowed).max() + np.log(keys) + 1
-        steps = dim + keys + 8
-        unit, sum_unit = UNITS[dtype]
-        logit_error = sum_unit * steps * top
-        terms = 2 * queries * groups * self.q.shape[0] + keys + dim
-        # Probabilities, their gradient, the output and `delta` pass through the inputs' dtype.
-        epsilon = 4 * logit_error + sum_unit * terms + 4 * unit
-        if dtype == "float64":
-            epsilon *= 2  # the reference rounds as much
-        scaled = self.scale
-        return {
-            "out": (out, epsilon * out_size),
-            "q": (scaled * dq, epsilon * scaled * dq_size),
-            "k": (scaled * grouped(dk), epsilon * scaled * grouped(dk_size)),
-            "v": (grouped(dv), epsilon * grouped(dv_size)),
-            "table": (d_table, epsilon * d_table_size),
-        }
-
-    def call(self, q, k, v, table, chunk_size):
-        """Our kernel."""
-        ids = None
-        if self.query_ids is not None:
-            ids = SegmentIds(jnp.asarray(self.query_ids), jnp.asarray(self.key_ids))
-        return attention(
-            q,
-            k,
-            v,
-            mask=self.mask,
-            relative_bias=None if table is None else RelativeBias(table, self.bidirectional, 20),
-            segment_ids=ids,
-            prefix=None if self.prefix is None else jnp.asarray(self.prefix),
-            scale=self.scale,
-            softcap=self.softcap,
-            chunk_size=chunk_size,
-        )
-
-
-def check(case: Case, chunk_size: int | None = None, dtype: str = "float32") -> None:
-    """Compares output and all gradients, element by element."""
-    # The reference starts from the rounded inputs, so that only the kernel's own rounding is left.
-    cast = lambda a: jnp.asarray(a, dtype)  # noqa: E731
-    exact = {name: np.asarray(cast(getattr(case, name)), np.float64) for name in ("q", "k", "v", "d_out")}
-    table = None if case.table is None else jnp.asarray(case.table, jnp.promote_types(dtype, jnp.float32))
-    if table is not None:
-        exact["table"] = np.asarray(table, np.float64)
-    expected = dataclasses.replace(case, **exact).reference(dtype)
-    inputs = (cast(case.q), cast(case.k), cast(case.v), table)
-
-    @jax.jit
-    def run(inputs, d_out):
-        out, pull = jax.vjp(lambda *inputs: case.call(*inputs, chunk_size), *inputs)
-        return out, *pull(d_out)
-
-    for (name, (value, bound)), actual in zip(expected.items(), run(inputs, cast(case.d_out)), strict=True):
-        if actual is None:
-            assert name == "table" and table is None
-            continue
-        error = np.abs(np.asarray(actual, np.float64) - value)
-        assert (error <= bound).all(), (
-            f"{name}: {error.max():.3g}, {(error / np.maximum(bound, 1e-300)).max():.3g} bounds"
-        )
-
-
-def segments(rng: np.random.Generator, batch: int, length: int, count: int) -> np.ndarray:
-    """`count` packed segments of random lengths, some perhaps empty, and padding at the end."""
-    borders = np.sort(rng.integers(0, length + 1, (batch, count)), axis=1)
-    ids = 1 + (np.arange(length)[None, :, None] >= borders[:, None]).sum(-1)
-    return np.where(ids <= count, ids, 0).astype(np.int32)
-
-
-def leading(rng: np.random.Generator, ids: np.ndarray) -> np.ndarray:
-    """A prefix of random length of every segment."""
-    prefix = np.zeros_like(ids)
-    for row, mark in zip(ids, prefix, strict=True):
-        for segment in set(row[row > 0]):
-            positions = np.flatnonzero(row == segment)
-            mark[positions[: rng.integers(0, len(positions) + 1)]] = 1
-    return prefix
+def chunked(size):
+    """Attention that takes so many queries at once."""
+    return functools.partial(attention, chunk_size=size)
 
 
 @st.composite
@@ -196,7 +45,7 @@ def cases(draw):
         case.key_ids = segments(rng, batch, keys, count) if cross else case.query_ids
     if not cross:
         window = draw(st.none() | st.tuples(st.integers(0, 6), st.integers(0, 6)))
-        case.mask = Mask(causal=draw(st.booleans()), window=window)
+        case.mask = Mask(draw(st.booleans()), window, draw(st.integers(0, 3)))
         if case.mask.causal and draw(st.booleans()):
             ids = np.ones((batch, queries), np.int32) if case.query_ids is None else case.query_ids
             case.prefix = leading(rng, ids)
@@ -209,19 +58,7 @@ def cases(draw):
 @given(case=cases(), chunk_size=st.sampled_from((1, 4, 7, 64)), dtype=st.sampled_from(("float32", "float64")))
 def test_output_and_gradients_equal_the_dense_reference(case, chunk_size, dtype):
     with jax.enable_x64(dtype == "float64"):
-        check(case, chunk_size, dtype)
-
-
-def make(rng, batch=2, queries=40, keys=40, heads=4, kv_heads=2, dim=8, **options) -> Case:
-    """A case of ordinary size."""
-    normal = rng.standard_normal
-    return Case(
-        q=normal((batch, queries, heads, dim)),
-        k=normal((batch, keys, kv_heads, dim)),
-        v=normal((batch, keys, kv_heads, dim)),
-        d_out=normal((batch, queries, heads, dim)),
-        **options,
-    )
+        check(case, dtype, chunked(chunk_size))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -231,11 +68,11 @@ def test_t5_packed(dtype, causal):
     ids = segments(rng, 2, 40, 3)
     table = rng.standard_normal((8, 4))
     options = {"query_ids": ids, "key_ids": ids, "table": table, "bidirectional": not causal}
-    check(make(rng, mask=Mask(causal=causal), **options), 16, dtype)
+    check(make(rng, mask=Mask(causal=causal), **options), dtype, chunked(16))
 
 
 def test_default_chunk_is_not_visible_in_the_result():
-    check(make(np.random.default_rng(1), queries=150, keys=150, mask=CAUSAL), None)
+    check(make(np.random.default_rng(1), queries=150, keys=150, mask=CAUSAL))
 
 
 def test_rows_without_keys_give_zeros_and_pass_no_gradient():
@@ -244,7 +81,7 @@ def test_rows_without_keys_give_zeros_and_pass_no_gradient():
     other = np.array([[1, 3, 3, 0], [1, 1, 0, 0]], np.int32)  # segment 2 has no keys, segment 3 no queries
     case = make(rng, queries=5, keys=4, mask=BIDIRECTIONAL, query_ids=ids, key_ids=other)
     out, pull = jax.vjp(
-        lambda q, k, v: case.call(q, k, v, None, 2), *(jnp.float32(a) for a in (case.q, case.k, case.v))
+        lambda q, k, v: case.call(q, k, v, None, chunked(2)), *(jnp.float32(a) for a in (case.q, case.k, case.v))
     )
     dq, dk, dv = pull(jnp.ones_like(out))
     without_keys = np.array([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]], bool)
@@ -256,7 +93,7 @@ def test_rows_without_keys_give_zeros_and_pass_no_gradient():
 
 def test_large_logits_do_not_overflow():
     case = make(np.random.default_rng(3), mask=CAUSAL)
-    out = case.call(*(jnp.float32(100 * a) for a in (case.q, case.k, case.v)), None, 16)
+    out = case.call(*(jnp.float32(100 * a) for a in (case.q, case.k, case.v)), None, chunked(16))
     assert np.isfinite(out).all()
 
 
@@ -267,7 +104,7 @@ def test_no_array_of_queries_times_keys(with_gradient):
     def run(chunk_size):
         case = make(np.random.default_rng(4), queries=queries, keys=keys, mask=BIDIRECTIONAL)
         inputs = [jnp.float32(a) for a in (case.q, case.k, case.v, np.zeros((8, 4)))]
-        total = lambda *inputs: case.call(*inputs, chunk_size).sum()  # noqa: E731
+        total = lambda *inputs: case.call(*inputs, chunked(chunk_size)).sum()  # noqa: E731
         shapes = intermediate_shapes(jax.grad(total, (0, 1, 2, 3)) if with_gradient else total, *inputs)
         return [shape for shape in shapes if np.prod(shape) >= queries * keys * 4]
 
@@ -282,6 +119,39 @@ def test_memory_of_the_compiled_gradient():
     total = lambda q, k, v: attention(q, k, v, mask=CAUSAL, chunk_size=64).sum()  # noqa: E731
     compiled = jax.jit(jax.grad(total, (0, 1, 2))).lower(x, x, x).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 32 * 2**20
+
+
+def test_what_a_backend_cannot_do_is_refused():
+    x = jnp.zeros((1, 4, 2, 2))
+    with pytest.raises(UserError, match="hopper"):
+        attention(x, x, x, mask=CAUSAL, backend="hopper")
+    with pytest.raises(UserError, match="float16"):
+        attention(*[x.astype(jnp.float16)] * 3, mask=CAUSAL, backend="tpu")
+    with pytest.raises(UserError, match="head_dim up to 256, not 257"):
+        attention(*[jnp.zeros((1, 4, 2, 257))] * 3, mask=CAUSAL, backend="tpu")
+    with pytest.raises(UserError, match="global_tokens"):
+        attention(x, x, x, mask=Mask(window=(1, 1), global_tokens=1), key_offset=4)
+
+
+def test_parts_of_a_sequence_are_attention_at_an_offset():
+    """Causal attention with a bias, the last 5 of 13 queries to keys 3 ... 9 alone."""
+    case = make(np.random.default_rng(5), queries=13, keys=13, mask=CAUSAL)
+    bias = RelativeBias(jnp.float32(np.random.default_rng(6).standard_normal((8, 4))), False, 20)
+    q, k, v = (jnp.float32(a) for a in (case.q, case.k, case.v))
+    weightless = jnp.where((jnp.arange(13) >= 3) & (jnp.arange(13) < 10), 0.0, -1e9)[:, None, None]
+    one = jnp.ones_like(q[..., :1])
+    # A further dimension of the heads takes the other keys out.
+    expected = attention(
+        jnp.concatenate([q, one], -1),
+        jnp.concatenate([k, jnp.broadcast_to(weightless, k[..., :1].shape)], -1),
+        jnp.concatenate([v, jnp.zeros_like(v[..., :1])], -1),
+        mask=CAUSAL,
+        relative_bias=bias,
+    )[:, 8:, :, :8]
+    part = attention(
+        q[:, 8:], k[:, 3:10], v[:, 3:10], mask=CAUSAL, relative_bias=bias, query_offset=jnp.int32(8), key_offset=3
+    )
+    np.testing.assert_allclose(part, expected, atol=1e-5)
 
 
 def test_shapes_that_do_not_fit_are_refused():

@@ -1,5 +1,6 @@
 """Intervals of keys against masks written down pair by pair."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,8 +12,11 @@ from t5x_domain.kernels.mask import BIDIRECTIONAL, CAUSAL, Mask, SegmentIds, key
 
 def dense(intervals, batch: int, key_length: int) -> np.ndarray:
     """[B, Sq, Sk] bool."""
-    start, stop = (np.broadcast_to(a, (batch, a.shape[1]))[..., None] for a in intervals)
-    return (start <= np.arange(key_length)) & (np.arange(key_length) < stop)
+    start, stop, *second = (np.broadcast_to(a, (batch, a.shape[1]))[..., None] for a in jax.tree.leaves(intervals))
+    inside = lambda start, stop: (start <= np.arange(key_length)) & (np.arange(key_length) < stop)  # noqa: E731
+    first = inside(start, stop)
+    assert not (second and (first & inside(*second)).any()), "the intervals overlap"
+    return first | inside(*second) if second else first
 
 
 def by_pairs(mask: Mask, query_ids, key_ids, prefix) -> np.ndarray:
@@ -22,6 +26,8 @@ def by_pairs(mask: Mask, query_ids, key_ids, prefix) -> np.ndarray:
         same = query_ids[b, i] == key_ids[b, j] != 0
         before = not mask.causal or j <= i or bool(prefix[b, j])
         near = mask.window is None or -mask.window[0] <= j - i <= mask.window[1]
+        place = min((query_ids[b, :i] == query_ids[b, i]).sum(), (key_ids[b, :j] == key_ids[b, j]).sum())
+        near = near or place < mask.global_tokens
         allowed[b, i, j] = same and before and near
     return allowed
 
@@ -43,10 +49,12 @@ WINDOWS = st.none() | st.tuples(st.integers(0, 6), st.integers(0, 6))
 
 
 @settings(max_examples=60, deadline=None)
-@given(row=packed_rows(), causal=st.booleans(), window=WINDOWS, with_prefix=st.booleans())
-def test_packed_self_attention(row, causal, window, with_prefix):
+@given(
+    row=packed_rows(), causal=st.booleans(), window=WINDOWS, global_tokens=st.integers(0, 3), with_prefix=st.booleans()
+)
+def test_packed_self_attention(row, causal, window, global_tokens, with_prefix):
     ids, prefix = row
-    mask = Mask(causal=causal, window=window)
+    mask = Mask(causal, window, global_tokens)
     given_prefix = jnp.asarray(prefix) if with_prefix else None
     intervals = key_intervals(
         mask, 9, 9, segment_ids=SegmentIds(jnp.asarray(ids), jnp.asarray(ids)), prefix=given_prefix

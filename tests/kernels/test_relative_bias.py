@@ -11,6 +11,7 @@ from t5x_domain.kernels.relative_bias import (
     RelativeBias,
     diagonals,
     relative_position_bucket,
+    saturation,
     toeplitz,
     toeplitz_transpose,
 )
@@ -102,3 +103,18 @@ def test_gradient_of_the_table_counts_its_uses():
     expected = np.bincount(buckets.ravel(), minlength=32)
     gradient = jax.grad(total)(jnp.zeros((32, 2)))
     np.testing.assert_array_equal(gradient, np.stack([expected, expected], axis=1))
+
+
+@pytest.mark.parametrize("bidirectional, buckets, largest", [(True, 32, 128), (False, 32, 128), (True, 8, 20)])
+def test_saturation(bidirectional, buckets, largest):
+    """One bucket from there on, another one step closer. 91 and 113 are where T5's 32 buckets up to 128 end."""
+    bias = RelativeBias(jnp.zeros((buckets, 1)), bidirectional, largest)
+    before, after = saturation(bias)
+    of = lambda *d: relative_position_bucket(  # noqa: E731
+        np.array(d), bidirectional=bidirectional, num_buckets=buckets, max_distance=largest
+    ).tolist()
+    far = np.arange(2 * largest)
+    assert len(set(of(*(-before - far)))) == len(set(of(*(after + far)))) == 1
+    assert of(-before) != of(1 - before) and (after == 0 or of(after) != of(after - 1))
+    if buckets == 32:
+        assert (before, after) == ((91, 91) if bidirectional else (113, 0))

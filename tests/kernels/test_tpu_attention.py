@@ -1,0 +1,136 @@
+"""The TPU's kernels, interpreted, against the dense float64 reference."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from attention_cases import Case, check, leading, make, segments
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.experimental.pallas import tpu as pltpu
+from jaxpr_shapes import intermediate_shapes
+
+from t5x_domain.kernels.attention_tpu import Options, attention_tpu
+from t5x_domain.kernels.mask import BIDIRECTIONAL, CAUSAL, Mask, key_intervals
+from t5x_domain.kernels.tpu.blocks import Blocks, Chip
+
+_SMALL = Blocks(queries=128, keys=256, chunk=128)
+
+
+def small_chip(resident: int = 2**20) -> Chip:
+    """A chip with small blocks that keeps the gradient of so many queries."""
+    return Chip(resident * 128 * 12 * 4, {64: _SMALL, 128: _SMALL, 256: _SMALL}, {64: _SMALL, 128: _SMALL, 256: _SMALL})
+
+
+def attend(q, k, v, *, mask, relative_bias, segment_ids, prefix, scale, softcap, interpret=True, target=None):
+    """`kernels.attention.attention` on an interpreted TPU."""
+    intervals = key_intervals(mask, q.shape[1], k.shape[1], segment_ids=segment_ids, prefix=prefix)
+    return attention_tpu(
+        q,
+        k,
+        v,
+        relative_bias=relative_bias,
+        intervals=None if mask == BIDIRECTIONAL and segment_ids is None else intervals,
+        shift=0,
+        options=Options(scale, softcap, interpret),
+        target=target or small_chip(),
+    )
+
+
+@st.composite
+def cases(draw):
+    """All that can be combined, at lengths of one to three blocks."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    cross = draw(st.booleans())
+    queries = draw(st.integers(1, 300))
+    keys = draw(st.integers(1, 300)) if cross else queries
+    groups, kv_heads = draw(st.sampled_from(((1, 2), (3, 1))))
+    case = make(
+        rng,
+        queries=queries,
+        keys=keys,
+        heads=groups * kv_heads,
+        kv_heads=kv_heads,
+        dim=draw(st.sampled_from((3, 64))),
+        mask=BIDIRECTIONAL,
+        scale=draw(st.sampled_from((1.0, 0.25))),
+        softcap=draw(st.sampled_from((None, 3.0))),
+    )
+    if draw(st.booleans()):
+        count = draw(st.integers(1, 4))
+        case.query_ids = segments(rng, 2, queries, count)
+        case.key_ids = segments(rng, 2, keys, count) if cross else case.query_ids
+    if not cross:
+        window = draw(st.none() | st.tuples(st.integers(0, 80), st.integers(0, 80)))
+        case.mask = Mask(draw(st.booleans()), window, draw(st.sampled_from((0, 3))))
+        if case.mask.causal and draw(st.booleans()):
+            case.prefix = leading(rng, np.ones((2, queries), np.int32) if case.query_ids is None else case.query_ids)
+        if draw(st.booleans()):
+            case.table, case.bidirectional = rng.standard_normal((8, groups * kv_heads)), draw(st.booleans())
+    return case
+
+
+@settings(max_examples=6, deadline=None)
+@given(case=cases())
+def test_output_and_gradients_equal_the_dense_reference(case):
+    check(case, attend=attend)
+
+
+def t5(queries=400, **options) -> Case:
+    """Self-attention with a bias that is near and far on both sides."""
+    rng = np.random.default_rng(0)
+    heads = options.pop("heads", 2)
+    table = rng.standard_normal((8, heads))
+    return make(rng, batch=1, queries=queries, keys=queries, heads=heads, kv_heads=1, table=table, **options)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_bfloat16(causal):
+    check(t5(mask=Mask(causal=causal), bidirectional=not causal, dim=64, scale=0.125), "bfloat16", attend)
+
+
+@pytest.mark.parametrize("softcap", [None, 4.0])
+def test_queries_in_parts(softcap):
+    """The gradient of 400 queries of which 128 find room: 4 parts, the last of them mostly padding."""
+    check(t5(mask=BIDIRECTIONAL, softcap=softcap), attend=functools.partial(attend, target=small_chip(128)))
+
+
+def test_rows_without_keys_give_zeros_and_pass_no_gradient():
+    rng = np.random.default_rng(2)
+    ids = np.repeat(np.array([[1, 2, 0]], np.int32), (150, 100, 50), axis=1)
+    other = np.repeat(np.array([[1, 3, 0]], np.int32), (150, 100, 50), axis=1)
+    case = make(rng, batch=1, queries=300, keys=300, mask=BIDIRECTIONAL, query_ids=ids, key_ids=other)
+    inputs = [jnp.float32(a) for a in (case.q, case.k, case.v)]
+    out, pull = jax.vjp(lambda *inputs: case.call(*inputs, None, attend), *inputs)
+    for result in (out, *pull(jnp.ones_like(out))):
+        assert (np.asarray(result[0, 150:]) == 0).all() and (np.asarray(result[0, :150]) != 0).all()
+
+
+def test_nothing_is_read_before_it_is_written_and_cores_do_not_race(capfd):
+    """Uninitialised memory is NaN in this interpreter, and heads run on two cores."""
+    params = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2, uninitialized_memory="nan")
+    check(t5(260, mask=Mask(window=(150, 60), global_tokens=2)), attend=functools.partial(attend, interpret=params))
+    assert "RACE" not in "".join(capfd.readouterr())
+
+
+def test_results_are_the_same_each_time():
+    case = t5(mask=CAUSAL, bidirectional=False)
+    inputs = [jnp.float32(a) for a in (case.q, case.k, case.v, case.table)]
+    run = jax.jit(jax.grad(lambda *inputs: jnp.square(case.call(*inputs, attend)).sum(), (0, 1, 2, 3)))
+    for first, second in zip(run(*inputs), run(*inputs), strict=True):
+        np.testing.assert_array_equal(first, second)
+
+
+def test_no_array_of_queries_times_keys():
+    length = 1024  # a block is 128 x 256, a skewed table 128 x 896
+    case = make(np.random.default_rng(4), batch=1, queries=length, keys=length, heads=1, kv_heads=1, mask=CAUSAL)
+    inputs = [jnp.float32(a) for a in (case.q, case.k, case.v, np.zeros((8, 1)))]
+    shapes = intermediate_shapes(jax.grad(lambda *a: case.call(*a, attend).sum(), (0, 1, 2, 3)), *inputs)
+    assert max(np.prod(shape) for shape in shapes) < length * length // 2
+
+
+def test_lengths_are_cut_into_equal_blocks():
+    """1100 positions in blocks of at most 512: three of 384, not 512 + 512 + 76."""
+    assert Blocks(512, 1024, 512).fit(1100, 300) == Blocks(384, 384, 128)
