@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 
 from t5x_domain.kernels.decode import KeysValues, decode_attention
-from t5x_domain.kernels.mask import SegmentIds
 from t5x_domain.kernels.relative_bias import RelativeBias, diagonals
 from t5x_domain.models.attention import Attention
 from t5x_domain.models.stack import Block, Stack
@@ -77,11 +76,12 @@ def read_prompt(
         return jnp.pad(jnp.moveaxis(moved, 1, 2), ((0, 0), (0, 0), (0, room), (0, 0)))
 
     written = []
-    shared = {"segment_ids": SegmentIds(ids, ids), "positions": positions, "prefix": prefix, "causal": True}
+    plans = stack.plans(x, ids, prefix)
     for block in blocks(stack):
         layer, normed = block.self_attention.inner, block.self_attention.norm(x)
         written.append(KeysValues(*map(to_the_right, layer.keys_values(normed, positions))))
-        x = block.self_attention.add(x, layer(normed, **shared, relative_bias=_bias_of(stack, block)))
+        bias = _bias_of(stack, block)
+        x = block.self_attention.add(x, layer(normed, plan=plans[block.kind], positions=positions, relative_bias=bias))
         x = block.mlp(x, None)
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
     return stack.norm(last), Cache(written, (size - lengths)[:, None].astype(jnp.int32), jnp.int32(size))

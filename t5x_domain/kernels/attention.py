@@ -1,4 +1,7 @@
-"""Attention with T5's relative bias inside: the one entry that models call."""
+"""Attention with T5's relative bias inside: the one entry, for the arrays of one device, and the choice of a backend.
+
+Models call `parallel.attention`, which does the same over a mesh.
+"""
 
 import functools
 import logging
@@ -8,12 +11,15 @@ import jax
 import jax.numpy as jnp
 
 from t5x_domain.errors import UserError
-from t5x_domain.kernels.attention_tpu import Maps, Options, attention_tpu, plan_tpu
-from t5x_domain.kernels.attention_xla import attention_xla
-from t5x_domain.kernels.mask import Mask, SegmentIds, key_intervals
-from t5x_domain.kernels.relative_bias import RelativeBias
+from t5x_domain.kernels.attention_kernel import AttentionKernel, Place, attend
+from t5x_domain.kernels.attention_tpu import TpuAttention
+from t5x_domain.kernels.attention_xla import XlaAttention
+from t5x_domain.kernels.device import platform
+from t5x_domain.kernels.mask import KeyIntervals, Mask, SegmentIds, key_intervals
+from t5x_domain.kernels.relative_bias import Bias
 
-Backend = Literal["auto", "xla", "tpu", "hopper"]
+Backend = Literal["auto", "xla", "tpu", "tpu_interpreted"]
+BACKENDS = ("auto", "xla", "tpu", "tpu_interpreted")
 
 
 def attention(
@@ -22,16 +28,12 @@ def attention(
     v: jax.Array,
     *,
     mask: Mask,
-    relative_bias: RelativeBias | None = None,
+    relative_bias: Bias | None = None,
     segment_ids: SegmentIds | None = None,
     prefix: jax.Array | None = None,
     scale: float = 1.0,
     softcap: float | None = None,
-    query_offset: jax.typing.ArrayLike = 0,
-    key_offset: jax.typing.ArrayLike = 0,
     backend: Backend = "auto",
-    plan: Maps | None = None,
-    chunk_size: int | None = None,
 ) -> jax.Array:
     """softmax(softcap(scale q k^T + bias)) v, with f32 logits and probabilities.
 
@@ -40,16 +42,12 @@ def attention(
       k: [B, Sk, Hk, D]; H must be a multiple of Hk (grouped-query attention: Ainslie et al. 2023).
       v: [B, Sk, Hk, D].
       mask: which keys a query sees, by position.
-      relative_bias: T5's bias, added before the soft cap.
+      relative_bias: T5's bias or ALiBi's, added before the soft cap.
       segment_ids: packed examples, which do not see each other.
       prefix: [B, Sk], 1 on tokens seen by their whole segment although `mask` is causal.
       scale: factor of the logits; T5 uses 1.
       softcap: logits become `softcap * tanh(logits / softcap)` (Gemma 2, section 2).
-      query_offset: position of the first query, int32, where the arrays are parts of longer sequences.
-      key_offset: position of the first key.
-      backend: "xla" runs anywhere, "tpu" is for TPUs; "auto" takes the one made for the device.
-      plan: of `attention_plan`; None to find it out again.
-      chunk_size: of `attention_xla`; None for its own choice.
+      backend: see `kernel_for`.
 
     Returns:
       [B, Sq, H, D] in q's dtype. Queries that see no key give zeros.
@@ -58,77 +56,78 @@ def attention(
       ValueError: shapes do not fit together.
       UserError: the backend cannot do what is asked for.
     """
+    check_shapes(q, k, v, relative_bias)
+    intervals = visible_keys(mask, q.shape[1], k.shape[1], segment_ids=segment_ids, prefix=prefix)
+    kernel = kernel_for(backend, q, k, relative_bias, scale=scale, softcap=softcap)
+    shift = jnp.int32(0)
+    return attend(kernel, q, k, v, relative_bias, Place(intervals, kernel.maps(intervals, shift), shift))
+
+
+def check_shapes(q: jax.Array, k: jax.Array, v: jax.Array, bias: Bias | None) -> None:
+    """Raises ValueError if they do not fit together."""
     heads, kv_heads = q.shape[2], k.shape[2]
     if heads % kv_heads or k.shape != v.shape:
         raise ValueError(f"attention: {heads} query heads, keys {k.shape} and values {v.shape} do not fit together")
-    if relative_bias is not None and relative_bias.table.shape[1] != heads:
-        raise ValueError(f"attention: bias table {relative_bias.table.shape} is not for {heads} heads")
-    place = _place(mask, q.shape[1], k.shape[1], relative_bias, segment_ids, prefix, query_offset, key_offset)
-    if _choose(backend, q.dtype, q.shape[3]) == "xla":
-        return attention_xla(q, k, v, **place, scale=scale, softcap=softcap, chunk_size=chunk_size)
-    if _sees_everything(mask, segment_ids):
-        place["intervals"] = None
-    return attention_tpu(q, k, v, **place, options=Options(scale, softcap), maps=plan)
+    for parameter in jax.tree.leaves(bias):
+        if parameter.shape[-1] != heads:
+            raise ValueError(f"attention: a bias {parameter.shape} is not for {heads} heads")
 
 
-def attention_plan(
+def visible_keys(
+    mask: Mask,
+    query_length: int,
+    key_length: int,
+    *,
+    segment_ids: SegmentIds | None,
+    prefix: jax.Array | None,
+) -> KeyIntervals | None:
+    """`key_intervals`, or None if every query sees every key."""
+    if not mask.causal and mask.window is None and segment_ids is None:
+        return None
+    return key_intervals(mask, query_length, key_length, segment_ids=segment_ids, prefix=prefix)
+
+
+def kernel_for(
+    backend: Backend,
     q: jax.Array | jax.ShapeDtypeStruct,
     k: jax.Array | jax.ShapeDtypeStruct,
+    bias: Bias | None,
     *,
-    mask: Mask,
-    relative_bias: RelativeBias | None = None,
-    segment_ids: SegmentIds | None = None,
-    prefix: jax.Array | None = None,
-    query_offset: jax.typing.ArrayLike = 0,
-    key_offset: jax.typing.ArrayLike = 0,
-    backend: Backend = "auto",
-) -> Maps | None:
-    """What `attention` would find out of the mask, so that layers with the same mask share it.
+    scale: float = 1.0,
+    softcap: float | None = None,
+    exact: bool = False,
+) -> AttentionKernel:
+    """What computes attention for arrays of these shapes.
 
     Args:
-      q: shape and dtype of the queries, [B, Sq, H, D].
-      k: of the keys.
+      backend: "xla" runs anywhere; "tpu" is for TPUs, "tpu_interpreted" the same on any device, slowly; "auto" takes
+        the one that is made for the device and says once which.
+      q: [B, Sq, H, D].
+      k: [B, Sk, Hk, D].
+      bias: None for none.
+      scale: factor of the logits.
+      softcap: of the logits; None for none.
+      exact: results in the dtype of sums.
 
-    The others are those of `attention`, which takes the result as `plan`. None where the backend has no use for it.
+    Raises:
+      UserError: the backend cannot do what is asked for.
     """
-    if _choose(backend, q.dtype, q.shape[3]) == "xla":
-        return None
-    place = _place(mask, q.shape[1], k.shape[1], relative_bias, segment_ids, prefix, query_offset, key_offset)
-    if _sees_everything(mask, segment_ids):
-        place["intervals"] = None
-    return plan_tpu(q.shape[1], k.shape[1], q.shape[3], **place)
-
-
-def _place(mask, query_length, key_length, relative_bias, segment_ids, prefix, query_offset, key_offset):
-    """Where queries stand and what they see, as the backends take it."""
-    whole = isinstance(query_offset, int) and isinstance(key_offset, int) and query_offset == key_offset
-    if mask.global_tokens and not whole:
-        raise UserError("attention: global_tokens needs whole sequences, but query_offset or key_offset is given")
-    intervals = key_intervals(
-        mask,
-        query_length,
-        key_length,
-        segment_ids=segment_ids,
-        prefix=prefix,
-        query_offset=query_offset,
-        key_offset=key_offset,
-    )
-    return {"relative_bias": relative_bias, "intervals": intervals, "shift": key_offset - query_offset}
-
-
-def _sees_everything(mask: Mask, segment_ids: SegmentIds | None) -> bool:
-    return not mask.causal and mask.window is None and segment_ids is None
-
-
-def _choose(backend: Backend, dtype: jnp.dtype, head_dim: int) -> Backend:
-    """The backend that is meant, if it can do it."""
+    options = {"scale": scale, "softcap": softcap, "exact": exact}
     if backend == "auto":
-        return _of_device(_platform(), dtype, head_dim)
-    if backend not in ("xla", "tpu"):
-        raise UserError(f'attention: backend="{backend}" is not available; take "auto", "xla" or "tpu"')
-    if backend == "tpu" and (reason := _not_for_tpu(dtype, head_dim)) is not None:
-        raise UserError(f'attention: backend="tpu" {reason}; take backend="xla"')
-    return backend
+        backend = _of_device(platform(), q.dtype, q.shape[3])
+    if backend == "xla":
+        return XlaAttention(**options)
+    if backend not in BACKENDS:
+        raise UserError(f'attention: backend="{backend}" is not known; take one of {", ".join(BACKENDS)}.')
+    if (reason := _not_for_tpu(q.dtype, q.shape[3])) is not None:
+        raise UserError(f'attention: backend="{backend}" {reason}; take backend="xla".')
+    if backend == "tpu" and platform() != "tpu":
+        raise UserError(
+            f'attention: backend="tpu" needs a TPU, but the device is a {platform()}; take "xla", or '
+            '"tpu_interpreted" to run the kernel slowly.'
+        )
+    interpret = backend == "tpu_interpreted"
+    return TpuAttention.of(q.shape[1], k.shape[1], q.shape[3], bias, interpret=interpret, **options)
 
 
 @functools.cache
@@ -138,11 +137,6 @@ def _of_device(platform: str, dtype: jnp.dtype, head_dim: int) -> Backend:
     backend = "xla" if reason else "tpu"
     logging.info("attention: backend %s, because %s", backend, reason or "the device is a TPU")
     return backend
-
-
-def _platform() -> str:
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.default_backend() if device is None else device.platform
 
 
 def _not_for_tpu(dtype: jnp.dtype, head_dim: int) -> str | None:

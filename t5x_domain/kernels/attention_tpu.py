@@ -1,27 +1,29 @@
 """Attention for TPUs: what surrounds the Pallas kernels of `kernels.tpu`.
 
 Lengths are padded to blocks and heads to the sizes that the kernels know, heads are put before positions, and the
-gradient of the bias is brought back from the kernels' layout to the vector of diagonals.
+gradient of the bias is brought back from the kernels' layout to its table.
 """
 
 import dataclasses
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
+from t5x_domain.errors import UserError
+from t5x_domain.kernels.attention_kernel import EMPTY, Place
 from t5x_domain.kernels.mask import KeyIntervals
-from t5x_domain.kernels.relative_bias import RelativeBias, diagonals, saturation
+from t5x_domain.kernels.relative_bias import Alibi, Bias, diagonals, saturation
 from t5x_domain.kernels.tpu.backward import backward
-from t5x_domain.kernels.tpu.block_map import BlockMap, Far, block_map
-from t5x_domain.kernels.tpu.blocks import LANES, Blocks, Chip, chip
+from t5x_domain.kernels.tpu.block_map import EVERYWHERE, BlockMap, Far, block_map
+from t5x_domain.kernels.tpu.blocks import SMEM, Blocks, Chip, chip
 from t5x_domain.kernels.tpu.forward import forward
-from t5x_domain.kernels.tpu.logits import MASKED, bias_unit
+from t5x_domain.kernels.tpu.logits import LOG2E, MASKED, bias_unit
 from t5x_domain.kernels.tpu.settings import Settings
-from t5x_domain.kernels.tpu.skewed_bias import HeadBias, SkewedLayout, skew, unskew
+from t5x_domain.kernels.tpu.skewed_bias import HeadBias, SkewedLayout, skew, skew_linear, unskew
 
 _HEAD_DIMS = (64, 128, 256)
 
@@ -34,252 +36,225 @@ class Maps(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Geometry:
-    """Sizes, known when the call is traced.
+class TpuAttention:
+    """Attention for TPUs, see `AttentionKernel`; make it with `TpuAttention.of`.
 
     Attributes:
       query_length: of the arrays as they come.
       key_length: likewise.
-      forward: blocks of the forward pass.
-      backward: blocks of the backward pass.
+      forward_blocks: of the forward pass.
+      backward_blocks: of the backward pass.
       parts: parts that the queries are cut into for the backward pass, as many as its memory asks for.
-      far: borders of the bias; None without one.
+      far: borders of a bias that is constant beyond them, `EVERYWHERE` if there are none; None without a bias.
       vmem: bytes of vector memory for a kernel.
+      scale: factor of the logits.
+      softcap: of the logits; None for none.
+      exact: results stay float32, because others will be added to them.
+      interpret: run by the interpreter: False, True or `pltpu.InterpretParams`.
+      branches: see `Settings`.
     """
 
     query_length: int
     key_length: int
-    forward: Blocks
-    backward: Blocks
+    forward_blocks: Blocks
+    backward_blocks: Blocks
     parts: int
     far: Far | None
     vmem: int
+    scale: float = 1.0
+    softcap: float | None = None
+    exact: bool = False
+    interpret: bool | pltpu.InterpretParams = False
+    branches: tuple[tuple[bool, bool], ...] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        query_length: int,
+        key_length: int,
+        head_dim: int,
+        bias: Bias | None,
+        *,
+        target: Chip | None = None,
+        **options: Any,
+    ) -> "TpuAttention":
+        """For a chip, by default the one that is compiled for; `options` are further attributes."""
+        target, head_dim = target or chip(), _padded_dim(head_dim)
+        largest = target.backward[head_dim].queries
+        parts = math.ceil(query_length / (target.resident_queries(head_dim) // largest * largest))
+        far = None if bias is None else EVERYWHERE if isinstance(bias, Alibi) else Far(*saturation(bias))
+        return cls(
+            query_length,
+            key_length,
+            target.forward[head_dim].fit(query_length, key_length),
+            target.backward[head_dim].fit(math.ceil(query_length / parts), key_length),
+            parts,
+            far,
+            target.vmem,
+            **options,
+        )
 
     @property
     def part_length(self) -> int:
         """Queries of a part, padded."""
-        return _round_up(math.ceil(self.query_length / self.parts), self.backward.queries)
+        return _round_up(math.ceil(self.query_length / self.parts), self.backward_blocks.queries)
 
+    def maps(self, intervals: KeyIntervals | None, shift: jax.Array) -> Maps:
+        """The pairs of blocks that both passes visit; `shift` must be a multiple of 128 if there is a bias.
 
-def geometry(
-    query_length: int, key_length: int, head_dim: int, far: Far | None, target: Chip | None = None
-) -> Geometry:
-    """Sizes for a chip, by default the one that is compiled for."""
-    target = target or chip()
-    whole_blocks = target.resident_queries(head_dim) // target.backward[head_dim].queries
-    parts = math.ceil(query_length / (whole_blocks * target.backward[head_dim].queries))
-    return Geometry(
-        query_length,
-        key_length,
-        target.forward[head_dim].fit(query_length, key_length),
-        target.backward[head_dim].fit(math.ceil(query_length / parts), key_length),
-        parts,
-        far,
-        target.vmem,
-    )
+        Raises:
+          UserError: they are too many for the chip's scalar memory.
+        """
 
+        def build(rows, blocks, length, part, by_key):
+            sizes = length // blocks.queries, math.ceil(self.key_length / blocks.keys), blocks
+            return block_map(rows, *sizes, far=self.far, shift=shift - part * length, by_key=by_key)
 
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """Of one call, known when it is traced; see `Settings`."""
+        rows = self._rows(intervals, self.forward_blocks, 1)
+        padded = _round_up(self.query_length, self.forward_blocks.queries)
+        forward_map = build(_part(rows, 0), self.forward_blocks, padded, 0, False)
+        rows = self._rows(intervals, self.backward_blocks, self.parts)
+        of_part = functools.partial(build, blocks=self.backward_blocks, length=self.part_length, by_key=True)
+        parts = jnp.arange(self.parts, dtype=jnp.int32)
+        maps = Maps(forward_map, jax.vmap(lambda rows, part: of_part(rows, part=part))(rows, parts))
+        largest = max(maps.forward.entries.size, maps.backward.entries.shape[1])
+        if 4 * largest > SMEM:
+            batch = 1 if intervals is None else len(intervals.start)
+            raise UserError(
+                f"attention: {largest} pairs of blocks ({batch} rows of {self.query_length} queries and "
+                f"{self.key_length} keys on a device) do not fit into the {SMEM // 1024} KiB of scalar memory; "
+                "take fewer rows a device, or accumulate gradients"
+            )
+        return maps
 
-    scale: float
-    softcap: float | None
-    interpret: bool | pltpu.InterpretParams = False
-    branches: tuple[tuple[bool, bool], ...] | None = None
+    def forward(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, bias: Bias | None, place: Place
+    ) -> tuple[jax.Array, jax.Array]:
+        """See `AttentionKernel.forward`."""
+        dim, blocks = q.shape[3], self.forward_blocks
+        q, k, v = map(_heads_first, (q, k, v))
+        settings = self._settings(blocks, blocks.chunk)
+        out, lse = forward(
+            _pad_length(q, blocks.queries),
+            _pad_length(k, blocks.keys),
+            _pad_length(v, blocks.keys),
+            self._head_bias(self._diagonal(bias), bias, settings.layout),
+            _part(self._rows(place.intervals, blocks, 1), 0),
+            place.maps.forward,
+            place.shift,
+            settings,
+            jnp.float32 if self.exact else q.dtype,
+        )
+        lse = lse[:, :, 0, : self.query_length]
+        lse = jnp.where(lse < MASKED / 2, EMPTY, lse / LOG2E)
+        return jnp.swapaxes(out[:, :, : self.query_length], 1, 2)[..., :dim], lse
 
+    def backward(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        bias: Bias | None,
+        place: Place,
+        out: jax.Array,
+        lse: jax.Array,
+        d_out: jax.Array,
+    ) -> tuple[jax.Array, jax.Array, jax.Array, Bias | None]:
+        """See `AttentionKernel.backward`."""
+        blocks, length = self.backward_blocks, self.part_length
+        # sum_s p_s dp_s = out . d_out, once a query (FlashAttention, appendix B.2).
+        delta = (out.astype(jnp.float32) * d_out.astype(jnp.float32)).sum(axis=3)
+        delta = jnp.swapaxes(delta, 1, 2)[:, :, None]
+        lse = jnp.where(lse < EMPTY / 2, -MASKED, lse * LOG2E)[:, :, None]  # no weight without keys
+        q_heads, k_heads, v_heads, d_out = map(_heads_first, (q, k, v, d_out.astype(q.dtype)))
+        k_padded, v_padded = _pad_length(k_heads, blocks.keys), _pad_length(v_heads, blocks.keys)
+        diagonal, to_bias = jax.vjp(self._diagonal, bias)
+        settings = self._settings(blocks, blocks.queries, reverse=True)
+        head_bias = self._head_bias(diagonal, bias, settings.layout, reverse=True)
+        alone = self.parts == 1 and q.shape[2] == k.shape[2] and not self.exact
+        dtypes = jnp.float32 if self.exact else q.dtype, k.dtype if alone else jnp.float32
 
-def block_maps(geometry: Geometry, intervals: KeyIntervals | None, shift: jax.Array) -> Maps:
-    """The pairs of blocks that all layers with the same mask visit.
+        def part(xs):
+            number, rows, pairs, q, d_out, lse, delta = xs
+            here = place.shift - number * length
+            return backward(q, k_padded, v_padded, head_bias, rows, pairs, here, d_out, lse, delta, settings, *dtypes)
 
-    Args:
-      intervals: [B or 1, Sq]; None if every query sees every key.
-      shift: int32 scalar, a multiple of 128: position of the first key minus that of the first query.
-    """
+        split = lambda a, axis, **options: _split(a, axis, self.parts, length, **options)  # noqa: E731
+        xs = (
+            jnp.arange(self.parts, dtype=jnp.int32),
+            self._rows(place.intervals, blocks, self.parts),
+            place.maps.backward,
+            split(q_heads, 2),
+            split(d_out, 2),
+            split(lse, 3, constant_values=-MASKED),  # nor for padding
+            split(delta, 3),
+        )
+        if self.parts == 1:
+            dq, *sums = part(_part(xs, 0))
+        else:
 
-    def build(rows, blocks, length, part, by_key):
-        sizes = length // blocks.queries, math.ceil(geometry.key_length / blocks.keys), blocks
-        return block_map(rows, *sizes, far=geometry.far, shift=shift - part * length, by_key=by_key)
+            def add(sums, xs):
+                dq, *new = part(xs)
+                return jax.tree.map(jnp.add, sums, new), dq
 
-    rows = _padded_intervals(geometry, intervals, geometry.forward, 1)
-    padded = _round_up(geometry.query_length, geometry.forward.queries)
-    forward_map = build(_part(rows, 0), geometry.forward, padded, 0, False)
-    rows = _padded_intervals(geometry, intervals, geometry.backward, geometry.parts)
-    of_part = functools.partial(build, blocks=geometry.backward, length=geometry.part_length, by_key=True)
-    parts = jnp.arange(geometry.parts, dtype=jnp.int32)
-    return Maps(forward_map, jax.vmap(lambda rows, part: of_part(rows, part=part))(rows, parts))
+            like = jax.eval_shape(lambda xs: part(_part(xs, 0))[1:], xs)
+            sums, dq = jax.lax.scan(add, [a and jnp.zeros(a.shape, a.dtype) for a in like], xs)
+            dq = jnp.moveaxis(dq, 0, 2).reshape(*dq.shape[1:3], -1, dq.shape[4])
+        dq = jnp.swapaxes(dq[:, :, : self.query_length], 1, 2)[..., : q.shape[3]]
+        dk, dv = (self._of_key_heads(a, k) for a in sums[:2])
+        d_diagonal = None if diagonal is None else unskew(sums[2], settings.layout)[:, ::-1]
+        return dq, dk, dv, to_bias(d_diagonal)[0]
 
+    def _settings(self, blocks, lanes, reverse=False):
+        layout = None
+        if self.far == EVERYWHERE:
+            layout = SkewedLayout(lanes, Far(0, 0), linear=True)
+        elif self.far is not None:
+            layout = SkewedLayout(lanes, Far(*self.far[::-1]) if reverse else self.far)
+        return Settings(blocks, self.scale, self.softcap, layout, self.vmem, self.interpret, self.branches)
 
-class Alignment(NamedTuple):
-    """A shift in whole registers, which the kernels can do, and the rest, which their table of biases takes in."""
+    def _diagonal(self, bias):
+        """[H, before + 1 + after], where it is not constant yet; None without a table."""
+        if bias is None or self.far == EVERYWHERE:
+            return None
+        return diagonals(bias, self.far.before + 1, self.far.after + 1)
 
-    aligned: jax.Array
-    rest: jax.typing.ArrayLike
-    far: Far | None
+    def _head_bias(self, diagonal, bias, layout, reverse=False):
+        if layout is None:
+            return None
+        if layout.linear:
+            slopes = bias.slopes.astype(jnp.float32) * bias_unit(self.softcap)
+            return HeadBias(skew_linear(slopes, layout), slopes)
+        diagonal = diagonal.astype(jnp.float32) * bias_unit(self.softcap)
+        far = jnp.stack([diagonal[:, 0], diagonal[:, -1]], axis=1)
+        return HeadBias(skew(diagonal[:, ::-1] if reverse else diagonal, layout), far)
 
-    @classmethod
-    def of(cls, shift: jax.typing.ArrayLike, bias: RelativeBias | None) -> "Alignment":
-        """For a position of the first key minus that of the first query."""
-        rest = shift % LANES
-        far = None
-        if bias is not None:
-            before, after = saturation(bias)
-            far = Far(before + (rest if isinstance(rest, int) else LANES - 1), after)
-        return cls(jnp.asarray(shift - rest, jnp.int32), rest, far)
+    def _of_key_heads(self, sums, k):
+        """Gradients of each query head -> of the key head they share, without padding."""
+        batch, length, kv_heads, dim = k.shape
+        sums = sums[:, :, :length, :dim].reshape(batch, kv_heads, -1, length, dim)
+        return jnp.swapaxes(sums.sum(axis=2).astype(jnp.float32 if self.exact else k.dtype), 1, 2)
 
-
-def plan_tpu(
-    query_length: int,
-    key_length: int,
-    head_dim: int,
-    *,
-    relative_bias: RelativeBias | None,
-    intervals: KeyIntervals | None,
-    shift: jax.typing.ArrayLike,
-    target: Chip | None = None,
-) -> Maps:
-    """What `attention_tpu` would build of the same arguments, to be built once for many layers."""
-    aligned, _, far = Alignment.of(shift, relative_bias)
-    return block_maps(geometry(query_length, key_length, _padded_dim(head_dim), far, target), intervals, aligned)
-
-
-def attention_tpu(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    *,
-    relative_bias: RelativeBias | None,
-    intervals: KeyIntervals | None,
-    shift: jax.typing.ArrayLike,
-    options: Options,
-    maps: Maps | None = None,
-    target: Chip | None = None,
-) -> jax.Array:
-    """The part of `kernels.attention.attention` that computes; the other arguments are described there.
-
-    Args:
-      intervals: keys that each query sees, [B or 1, Sq]; None if each sees all.
-      shift: position of the first key minus that of the first query.
-      maps: of `plan_tpu`; None to build them.
-      target: the chip to compile for, by default the present one.
-    """
-    head_dim = _padded_dim(q.shape[3])
-    padding = (0, 0), (0, 0), (0, 0), (0, head_dim - q.shape[3])
-    heads_first = lambda a: jnp.swapaxes(jnp.pad(a, padding), 1, 2)  # noqa: E731
-    aligned, rest, far = Alignment.of(shift, relative_bias)
-    diagonal = None if far is None else diagonals(relative_bias, far.before + 1, far.after + 1, -rest)
-    sizes = geometry(q.shape[1], k.shape[1], head_dim, far, target)
-    if maps is None:
-        maps = block_maps(sizes, intervals, aligned)
-    out = _attention(*map(heads_first, (q, k, v)), diagonal, intervals, maps, aligned, sizes, options)
-    return jnp.swapaxes(out, 1, 2)[..., : q.shape[3]]
+    def _rows(self, intervals, blocks, parts):
+        """[parts, B or 1, padded length]; None if every query sees every key, of which none is padding."""
+        if intervals is None:
+            if self.key_length % blocks.keys == 0:
+                return None
+            start = jnp.zeros((1, self.query_length), jnp.int32)
+            intervals = KeyIntervals(start, start + self.key_length)
+        length = _round_up(math.ceil(self.query_length / parts), blocks.queries)
+        # Padding sees what the last query sees, so that it makes no block partial. Nothing comes of it.
+        return jax.tree.map(lambda a: _split(a, 1, parts, length, mode="edge"), intervals)
 
 
 def _padded_dim(head_dim):
     return next(size for size in _HEAD_DIMS if size >= head_dim)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8))
-def _attention(q, k, v, diagonal, intervals, maps, shift, sizes, options):
-    return _forward(q, k, v, diagonal, intervals, maps, shift, sizes, options)[0]
-
-
-def _forward(q, k, v, diagonal, intervals, maps, shift, sizes, options):
-    """Output [B, H, Sq, D] and log-sum-exp [B, H, 1, Sq]."""
-    blocks = sizes.forward
-    layout = None if diagonal is None else SkewedLayout(blocks.chunk, sizes.far)
-    settings = Settings(blocks, options.scale, options.softcap, layout, sizes.vmem, options.interpret, options.branches)
-    rows = _padded_intervals(sizes, intervals, blocks, 1)
-    out, lse = forward(
-        _pad_length(q, blocks.queries),
-        _pad_length(k, blocks.keys),
-        _pad_length(v, blocks.keys),
-        _head_bias(diagonal, layout, options.softcap),
-        _part(rows, 0),
-        maps.forward,
-        shift,
-        settings,
-    )
-    return out[:, :, : sizes.query_length], lse[..., : sizes.query_length]
-
-
-def _attention_fwd(q, k, v, diagonal, intervals, maps, shift, sizes, options):
-    out, lse = _forward(q, k, v, diagonal, intervals, maps, shift, sizes, options)
-    return out, (q, k, v, diagonal, intervals, maps, shift, out, lse)
-
-
-def _attention_bwd(sizes, options, residuals, d_out):
-    q, k, v, diagonal, intervals, maps, shift, out, lse = residuals
-    blocks, length = sizes.backward, sizes.part_length
-    # sum_s p_s dp_s = out . d_out, once a query (FlashAttention, appendix B.2).
-    delta = (out.astype(jnp.float32) * d_out.astype(jnp.float32)).sum(axis=3)[:, :, None]
-    layout = bias = None
-    if diagonal is not None:
-        layout = SkewedLayout(blocks.queries, Far(sizes.far.after, sizes.far.before))
-        bias = _head_bias(diagonal, layout, options.softcap, reverse=True)
-    settings = Settings(blocks, options.scale, options.softcap, layout, sizes.vmem, options.interpret, options.branches)
-    k_padded, v_padded = _pad_length(k, blocks.keys), _pad_length(v, blocks.keys)
-    exact = k.dtype if sizes.parts == 1 and q.shape[1] == k.shape[1] else jnp.float32
-
-    def part(xs):
-        number, rows, pairs, q, d_out, lse, delta = xs
-        here = shift - number * length
-        return backward(q, k_padded, v_padded, bias, rows, pairs, here, d_out, lse, delta, settings, exact)
-
-    split = lambda a, axis, **options: _split(a, axis, sizes.parts, length, **options)  # noqa: E731
-    xs = (
-        jnp.arange(sizes.parts, dtype=jnp.int32),
-        _padded_intervals(sizes, intervals, blocks, sizes.parts),
-        maps.backward,
-        split(q, 2),
-        split(d_out, 2),
-        split(lse, 3, constant_values=-MASKED),  # no weight for padding
-        split(delta, 3),
-    )
-    if sizes.parts == 1:
-        dq, *sums = part(_part(xs, 0))
-    else:
-
-        def add(sums, xs):
-            dq, *new = part(xs)
-            return jax.tree.map(jnp.add, sums, new), dq
-
-        like = jax.eval_shape(lambda xs: part(_part(xs, 0))[1:], xs)
-        sums, dq = jax.lax.scan(add, [a and jnp.zeros(a.shape, a.dtype) for a in like], xs)
-        dq = jnp.moveaxis(dq, 0, 2).reshape(*q.shape[:2], -1, q.shape[3])
-    dk, dv = (_of_key_heads(a, k) for a in sums[:2])
-    d_diagonal = None if diagonal is None else unskew(sums[2], layout)[:, ::-1]
-    return dq[:, :, : sizes.query_length], dk, dv, d_diagonal, None, None, None
-
-
-_attention.defvjp(_attention_fwd, _attention_bwd)
-
-
-def _head_bias(diagonal, layout, softcap, reverse=False):
-    if diagonal is None:
-        return None
-    diagonal = diagonal.astype(jnp.float32) * bias_unit(softcap)
-    far = jnp.stack([diagonal[:, 0], diagonal[:, -1]], axis=1)
-    return HeadBias(skew(diagonal[:, ::-1] if reverse else diagonal, layout), far)
-
-
-def _of_key_heads(sums, k):
-    """Gradients of each query head -> of the key head they share, without padding."""
-    batch, kv_heads, length, dim = k.shape
-    sums = sums[:, :, :length].reshape(batch, kv_heads, -1, length, dim)
-    return sums.sum(axis=2).astype(k.dtype)
-
-
-def _padded_intervals(sizes, intervals, blocks, parts):
-    """[parts, B or 1, padded length]; None if every query sees every key, of which none is padding."""
-    if intervals is None:
-        if sizes.key_length % blocks.keys == 0:
-            return None
-        start = jnp.zeros((1, sizes.query_length), jnp.int32)
-        intervals = KeyIntervals(start, start + sizes.key_length)
-    length = _round_up(math.ceil(sizes.query_length / parts), blocks.queries)
-    # Padding sees what the last query sees, so that it makes no block partial. Nothing comes of it.
-    return jax.tree.map(lambda a: _split(a, 1, parts, length, mode="edge"), intervals)
+def _heads_first(x):
+    """[B, S, H, D] -> [B, H, S, D], D padded."""
+    padding = (0, 0), (0, 0), (0, 0), (0, _padded_dim(x.shape[3]) - x.shape[3])
+    return jnp.swapaxes(jnp.pad(x, padding), 1, 2)
 
 
 def _split(x, axis, parts, length, **options):

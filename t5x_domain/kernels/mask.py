@@ -64,8 +64,6 @@ def key_intervals(
     *,
     segment_ids: SegmentIds | None = None,
     prefix: jax.Array | None = None,
-    query_offset: jax.typing.ArrayLike = 0,
-    key_offset: jax.typing.ArrayLike = 0,
 ) -> KeyIntervals:
     """The keys that each query sees.
 
@@ -74,13 +72,11 @@ def key_intervals(
       segment_ids: queries see keys of their own segment only; queries with id 0 see none.
       prefix: [B, Sk] int or bool, 1 on the leading tokens of a segment that all its queries see (prefix LM). Only
         meaningful with `mask.causal`.
-      query_offset: position of the first query, int32, where the arrays are parts of longer sequences.
-      key_offset: position of the first key. Intervals count from there.
 
     Returns:
       Intervals of keys, [B, Sq], or [1, Sq] if neither segment_ids nor prefix is given.
     """
-    position = jnp.arange(query_length, dtype=jnp.int32)[None] + query_offset - key_offset
+    position = jnp.arange(query_length, dtype=jnp.int32)[None]
     start, stop = jnp.zeros_like(position), jnp.full_like(position, key_length)
     if segment_ids is not None:
         start, stop = _segment_interval(segment_ids)

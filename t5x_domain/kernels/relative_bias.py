@@ -1,10 +1,11 @@
 """T5's bucketed relative-position bias, formed from its table without ever storing a (query, key) array of buckets.
 
-The bias depends on `key position - query position` alone, so it is one vector of diagonals per head; a block of the
-bias matrix is that vector read at shifting offsets (a Toeplitz block).
+ALiBi's is another of its kind. They depend on `key position - query position` alone, so a bias is one vector of
+diagonals per head; a block of the bias matrix is that vector read at shifting offsets (a Toeplitz block).
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,33 @@ class RelativeBias:
     table: jax.Array
     bidirectional: bool = dataclasses.field(metadata={"static": True})
     max_distance: int = dataclasses.field(default=128, metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Alibi:
+    """A bias of `-slope * |key - query|` that learns nothing (Press et al. 2022, "Train Short, Test Long", section 3).
+
+    Attributes:
+      slopes: [num_heads] float32. Their gradient is 0.
+    """
+
+    slopes: jax.Array
+
+    @classmethod
+    def of(cls, num_heads: int) -> "Alibi":
+        """The published slopes: 2^(-8/n), 2^(-16/n), … for n heads if n is a power of two.
+
+        For other n those of the next lower power of two, then every other one of the next higher (the authors' code,
+        `get_slopes`).
+        """
+        power = 2 ** int(math.log2(num_heads))
+        slopes = 2.0 ** (-8 * np.arange(1, power + 1) / power)
+        between = 2.0 ** (-4 * np.arange(1, 2 * power, 2) / power)
+        return cls(jnp.asarray(np.concatenate([slopes, between])[:num_heads], jnp.float32))
+
+
+Bias = RelativeBias | Alibi
 
 
 def relative_position_bucket(
@@ -76,15 +104,15 @@ def _buckets(bias: RelativeBias, before: int, after: int) -> np.ndarray:
     )
 
 
-def diagonals(
-    bias: RelativeBias, query_length: int, key_length: int, query_offset: jax.typing.ArrayLike = 0
-) -> jax.Array:
+def diagonals(bias: Bias, query_length: int, key_length: int, query_offset: jax.typing.ArrayLike = 0) -> jax.Array:
     """Bias of every diagonal: entry `j` belongs to `key - query = j - (query_length - 1) - query_offset`.
 
     Returns:
       [num_heads, query_length + key_length - 1] float32.
     """
     relative_position = jnp.arange(query_length + key_length - 1) - (query_length - 1) - query_offset
+    if isinstance(bias, Alibi):
+        return -jax.lax.stop_gradient(bias.slopes)[:, None] * jnp.abs(relative_position).astype(bias.slopes.dtype)
     # Looked up, because logarithms on a device need not round as the host's do.
     before, after = saturation(bias)
     buckets = jnp.asarray(_buckets(bias, before, after))[jnp.clip(relative_position, -before, after) + before]

@@ -1,15 +1,48 @@
-"""Self- and cross-attention: projections around `kernels.attention`."""
+"""Self- and cross-attention: projections around `parallel.attention`."""
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from t5x_domain.kernels.attention import attention
 from t5x_domain.kernels.mask import Mask, SegmentIds
 from t5x_domain.kernels.relative_bias import RelativeBias
 from t5x_domain.models.config import LOCAL, ModelConfig
 from t5x_domain.models.layers import Linear, Norm, normal_param, rotate
+from t5x_domain.parallel.attention import Plan, attention, attention_plan
 from t5x_domain.parallel.sharding import constrain
+
+
+def plan(
+    config: ModelConfig,
+    x: jax.Array,
+    memory: jax.Array | None = None,
+    *,
+    mask: Mask,
+    segment_ids: SegmentIds | None,
+    prefix: jax.Array | None = None,
+) -> Plan:
+    """Which keys the layers see that attend from x [B, T, embed_dim] to itself or to a memory [B, S, embed_dim].
+
+    Args:
+      mask: of the layers.
+      segment_ids: packed segments of x and of what it attends to.
+      prefix: [B, T], tokens seen by their whole segment although the mask is causal.
+    """
+    heads = lambda a, n: jax.ShapeDtypeStruct((*a.shape[:2], n, config.head_dim), jnp.dtype(config.dtype))  # noqa: E731
+    bias = None
+    if memory is None and config.position == "relative_bias":
+        table = jax.ShapeDtypeStruct((config.relative_bias_buckets, config.num_heads), jnp.float32)
+        bias = RelativeBias(table, not mask.causal, config.relative_bias_max_distance)
+    return attention_plan(
+        heads(x, config.num_heads),
+        heads(x if memory is None else memory, config.kv_heads),
+        mask=mask,
+        relative_bias=bias,
+        segment_ids=segment_ids,
+        prefix=prefix,
+        backend=config.attention_backend,
+        sequence=config.sequence_attention,
+    )
 
 
 class RelativeBiasTable(nnx.Module):
@@ -47,22 +80,18 @@ class Attention(nnx.Module):
         self,
         x: jax.Array,
         *,
+        plan: Plan,
         memory: jax.Array | None = None,
-        causal: bool = False,
-        segment_ids: SegmentIds | None = None,
         positions: jax.Array | None = None,
-        prefix: jax.Array | None = None,
         relative_bias: RelativeBias | None = None,
     ) -> jax.Array:
         """Attends from x to itself, or to `memory` (cross-attention, which knows no positions).
 
         Args:
           x: [B, T, embed_dim].
+          plan: which keys the queries see, of `plan`.
           memory: [B, S, embed_dim], an encoder's output.
-          causal: see `kernels.mask.Mask`.
-          segment_ids: packed segments of x and of what it attends to.
           positions: [B, T] int32 for the rotation.
-          prefix: [B, T], tokens seen by their whole segment in spite of `causal`.
           relative_bias: T5's bias.
 
         Returns:
@@ -73,17 +102,16 @@ class Attention(nnx.Module):
             rotation = jnp.arange(x.shape[1])[None] if positions is None else positions
         q = self.queries(x, rotation)
         k, v = self.keys_values(x if memory is None else memory, rotation)
-        window = None if memory is not None else self.window
         out = attention(
             q,
             k,
             v,
-            mask=Mask(causal=causal, window=window),
+            plan,
             relative_bias=relative_bias,
-            segment_ids=segment_ids,
-            prefix=prefix,
             scale=self.scale,
             softcap=self.config.attention_softcap,
+            backend=self.config.attention_backend,
+            sequence=self.config.sequence_attention,
         )
         return self.output(out)
 
@@ -94,8 +122,8 @@ class Attention(nnx.Module):
 
     @property
     def window(self) -> tuple[int, int] | None:
-        """Of a local layer: positions that a query sees before and after itself."""
-        return (self.config.local_window, self.config.local_window) if self.local else None
+        """Positions that a query sees before and after itself; None for all."""
+        return self.config.window(LOCAL) if self.local else None
 
     def queries(self, x: jax.Array, positions: jax.Array | None) -> jax.Array:
         """[B, T, embed_dim] -> [B, T, num_heads, head_dim], rotated to `positions` [B, T]; None for cross-attention."""

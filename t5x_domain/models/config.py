@@ -54,9 +54,17 @@ class ModelConfig:
       scan_layers: compile one pattern of layers and loop over it, so that depth costs no compile time.
       remat: what the backward pass recomputes: "none", "minimal" (all but matrix products without a batch dimension),
         "full" (all).
+      attention_backend: see `kernels.attention.kernel_for`.
+      sequence_attention: how keys on other devices are reached, "gather" or "ring", see `parallel.attention`.
     """
 
-    HOW: ClassVar = ("dtype", "scan_layers", "remat")  # fields that change how a model is computed, not what it is
+    HOW: ClassVar = (
+        "dtype",
+        "scan_layers",
+        "remat",
+        "attention_backend",
+        "sequence_attention",
+    )  # fields that change how a model is computed, not what it is
 
     vocab_size: int
     embed_dim: int = 512
@@ -91,6 +99,8 @@ class ModelConfig:
     dtype: str = "bfloat16"
     scan_layers: bool = True
     remat: Literal["none", "minimal", "full"] = "none"
+    attention_backend: Literal["auto", "xla", "tpu", "tpu_interpreted"] = "auto"
+    sequence_attention: Literal["gather", "ring"] = "gather"
 
     def __post_init__(self) -> None:
         """Raises UserError for a value that no model can have."""
@@ -103,6 +113,8 @@ class ModelConfig:
             "attention_scale": ("none", "head_dim"),
             "remat": ("none", "minimal", "full"),
             "dtype": ("float32", "bfloat16", "float64"),
+            "attention_backend": ("auto", "xla", "tpu", "tpu_interpreted"),
+            "sequence_attention": ("gather", "ring"),
         }
         for key, allowed in choices.items():
             if getattr(self, key) not in allowed:
@@ -128,6 +140,10 @@ class ModelConfig:
     def kv_heads(self) -> int:
         """Key and value heads."""
         return self.num_kv_heads or self.num_heads
+
+    def window(self, kind: str) -> tuple[int, int] | None:
+        """Positions before and after a query that a layer of this kind sees; None for all."""
+        return (self.local_window, self.local_window) if kind == LOCAL else None
 
 
 def _require_number(field: dataclasses.Field, value: Any) -> None:

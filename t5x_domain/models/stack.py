@@ -7,10 +7,11 @@ from typing import Any
 import jax
 from flax import nnx
 
-from t5x_domain.kernels.mask import SegmentIds
-from t5x_domain.models.attention import Attention, RelativeBiasTable
+from t5x_domain.kernels.mask import Mask, SegmentIds
+from t5x_domain.models.attention import Attention, RelativeBiasTable, plan
 from t5x_domain.models.config import ModelConfig
 from t5x_domain.models.layers import Mlp, Norm, dropout
+from t5x_domain.parallel.attention import Plan
 from t5x_domain.parallel.sharding import constrain
 
 _REMAT_POLICIES = {
@@ -52,7 +53,7 @@ class Block(nnx.Module):
             SubLayer(config, Attention(config, kind="global", rngs=rngs)) if cross_attention else None
         )
         self.mlp = SubLayer(config, Mlp(config, rngs=rngs))
-        self.causal = causal
+        self.kind = kind
 
     def __call__(
         self, x: jax.Array, rng: jax.Array | None, shared: Mapping[str, Any], cross: Mapping[str, Any] | None
@@ -60,7 +61,8 @@ class Block(nnx.Module):
         """[B, T, embed_dim] -> the same; `shared` and `cross` are what self- and cross-attention are called with."""
         rngs = (None,) * 4 if rng is None else jax.random.split(rng, 4)
         bias = shared["relative_bias"] if self.relative_bias is None else self.relative_bias()
-        x = self.self_attention(x, rngs[0], **{**shared, "relative_bias": bias}, causal=self.causal)
+        plan, positions = shared["plans"][self.kind], shared["positions"]
+        x = self.self_attention(x, rngs[0], plan=plan, positions=positions, relative_bias=bias)
         if self.cross_attention is not None:
             x = self.cross_attention(x, rngs[1], **cross)
         return self.mlp(x, rngs[2], rng=rngs[3])
@@ -111,7 +113,17 @@ class Stack(nnx.Module):
         self.layers = _stacked(lambda rngs: Pattern(config, kinds, scanned=True, rngs=rngs, **options), repeats, rngs)
         self.rest = Pattern(config, kinds[:rest], scanned=False, rngs=rngs, **options) if rest else None
         self.norm = Norm(config)
-        self.config = config
+        self.config, self.causal = config, causal
+
+    def plans(self, x: jax.Array, segment_ids: jax.Array | None, prefix: jax.Array | None = None) -> Mapping[str, Plan]:
+        """Which keys self-attention sees, by kind of layer: found once for all layers."""
+        ids = None if segment_ids is None else SegmentIds(segment_ids, segment_ids)
+
+        def plan_of(kind: str) -> Plan:
+            mask = Mask(causal=self.causal, window=self.config.window(kind))
+            return plan(self.config, x, mask=mask, segment_ids=ids, prefix=prefix)
+
+        return {kind: plan_of(kind) for kind in sorted(set(self.config.layer_pattern))}
 
     def __call__(
         self,
@@ -139,15 +151,14 @@ class Stack(nnx.Module):
           [B, T, embed_dim], normalised.
         """
         shared = {
-            "segment_ids": None if segment_ids is None else SegmentIds(segment_ids, segment_ids),
+            "plans": self.plans(x, segment_ids, prefix),
             "positions": positions,
-            "prefix": prefix,
             "relative_bias": None if self.relative_bias is None else self.relative_bias(),
         }
         cross = None
         if memory is not None:
             ids = None if segment_ids is None else SegmentIds(segment_ids, memory_segment_ids)
-            cross = {"memory": memory, "segment_ids": ids}
+            cross = {"memory": memory, "plan": plan(self.config, x, memory, mask=Mask(), segment_ids=ids)}
         if rng is None:
             embed_rng = scan_rng = rest_rng = norm_rng = None
         else:

@@ -27,12 +27,17 @@ _MESH: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar("mesh", defa
 
 @contextlib.contextmanager
 def use_mesh(mesh: Mesh) -> Iterator[None]:
-    """While active, `constrain` places activations on `mesh`."""
+    """While active, `constrain` places activations on `mesh`, and attention runs over it."""
     token = _MESH.set(mesh)
     try:
         yield
     finally:
         _MESH.reset(token)
+
+
+def current_mesh() -> Mesh | None:
+    """The mesh of `use_mesh`; None outside."""
+    return _MESH.get()
 
 
 def spec(mesh: Mesh, shape: tuple[int, ...], names: tuple[str | None, ...]) -> PartitionSpec:

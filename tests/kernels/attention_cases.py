@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from t5x_domain.kernels.attention import attention
+from t5x_domain.kernels.attention import attention, visible_keys
+from t5x_domain.kernels.attention_kernel import Place, attend
 from t5x_domain.kernels.mask import Mask, SegmentIds
-from t5x_domain.kernels.relative_bias import RelativeBias, relative_position_bucket
+from t5x_domain.kernels.relative_bias import Alibi, RelativeBias, relative_position_bucket
 
 # Unit roundoffs of the inputs' dtype and of the one that sums are kept in.
 UNITS = {"bfloat16": (2**-9, 2**-24), "float32": (2**-24, 2**-24), "float64": (2**-53, 2**-53)}
@@ -25,6 +26,7 @@ class Case:
     mask: Mask
     table: np.ndarray | None = None  # [buckets, H]
     bidirectional: bool = True
+    alibi: bool = False
     query_ids: np.ndarray | None = None
     key_ids: np.ndarray | None = None
     prefix: np.ndarray | None = None
@@ -73,6 +75,10 @@ class Case:
         if self.table is not None:
             bias = self.table[bucket].transpose(2, 0, 1)
             raw, raw_size = raw + bias, raw_size + abs(bias)
+        if self.alibi:
+            slopes = np.asarray(Alibi.of(self.q.shape[2]).slopes, np.float64)[:, None, None]
+            bias = -slopes * abs(np.arange(keys)[None] - np.arange(queries)[:, None])
+            raw, raw_size = raw + bias, raw_size + abs(bias)
         logits, slope = raw, 1.0
         if self.softcap is not None:
             logits = self.softcap * np.tanh(raw / self.softcap)
@@ -119,17 +125,30 @@ class Case:
         ids = None
         if self.query_ids is not None:
             ids = SegmentIds(jnp.asarray(self.query_ids), jnp.asarray(self.key_ids))
+        bias = None if table is None else RelativeBias(table, self.bidirectional, 20)
         return attend(
             q,
             k,
             v,
             mask=self.mask,
-            relative_bias=None if table is None else RelativeBias(table, self.bidirectional, 20),
+            relative_bias=Alibi.of(q.shape[2]) if self.alibi else bias,
             segment_ids=ids,
             prefix=None if self.prefix is None else jnp.asarray(self.prefix),
             scale=self.scale,
             softcap=self.softcap,
         )
+
+
+def kernel_call(make_kernel):
+    """`attention`, but of the kernel that `make_kernel(q, k, bias, **options)` gives."""
+
+    def call(q, k, v, *, mask, relative_bias, segment_ids, prefix, **options):
+        intervals = visible_keys(mask, q.shape[1], k.shape[1], segment_ids=segment_ids, prefix=prefix)
+        kernel = make_kernel(q, k, relative_bias, **options)
+        place = Place(intervals, kernel.maps(intervals, jnp.int32(0)), jnp.int32(0))
+        return attend(kernel, q, k, v, relative_bias, place)
+
+    return call
 
 
 def check(case: Case, dtype: str = "float32", attend=attention) -> None:

@@ -1,25 +1,24 @@
 """Attention and its gradients against a dense float64 reference that carries its own error bound."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_cases import Case, check, leading, make, segments
+from attention_cases import Case, check, kernel_call, leading, make, segments
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jaxpr_shapes import intermediate_shapes
 
 from t5x_domain.errors import UserError
 from t5x_domain.kernels.attention import attention
+from t5x_domain.kernels.attention_xla import XlaAttention
 from t5x_domain.kernels.mask import BIDIRECTIONAL, CAUSAL, Mask
-from t5x_domain.kernels.relative_bias import RelativeBias
+from t5x_domain.kernels.relative_bias import Alibi, RelativeBias
 
 
 def chunked(size):
     """Attention that takes so many queries at once."""
-    return functools.partial(attention, chunk_size=size)
+    return kernel_call(lambda q, k, bias, **options: XlaAttention(chunk_size=size, **options))
 
 
 @st.composite
@@ -71,6 +70,10 @@ def test_t5_packed(dtype, causal):
     check(make(rng, mask=Mask(causal=causal), **options), dtype, chunked(16))
 
 
+def test_alibi():
+    check(make(np.random.default_rng(7), mask=CAUSAL, alibi=True), attend=chunked(16))
+
+
 def test_default_chunk_is_not_visible_in_the_result():
     check(make(np.random.default_rng(1), queries=150, keys=150, mask=CAUSAL))
 
@@ -116,7 +119,7 @@ def test_memory_of_the_compiled_gradient():
     """8192 x 8192 logits of 2 heads are 512 MiB; 128 chunks of 64 queries need 4 MiB each, of which a few are alive."""
     length, heads, dim = 8192, 2, 8
     x = jax.ShapeDtypeStruct((1, length, heads, dim), jnp.float32)
-    total = lambda q, k, v: attention(q, k, v, mask=CAUSAL, chunk_size=64).sum()  # noqa: E731
+    total = lambda q, k, v: attention(q, k, v, mask=CAUSAL).sum()  # noqa: E731
     compiled = jax.jit(jax.grad(total, (0, 1, 2))).lower(x, x, x).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 32 * 2**20
 
@@ -129,34 +132,14 @@ def test_what_a_backend_cannot_do_is_refused():
         attention(*[x.astype(jnp.float16)] * 3, mask=CAUSAL, backend="tpu")
     with pytest.raises(UserError, match="head_dim up to 256, not 257"):
         attention(*[jnp.zeros((1, 4, 2, 257))] * 3, mask=CAUSAL, backend="tpu")
-    with pytest.raises(UserError, match="global_tokens"):
-        attention(x, x, x, mask=Mask(window=(1, 1), global_tokens=1), key_offset=4)
-
-
-def test_parts_of_a_sequence_are_attention_at_an_offset():
-    """Causal attention with a bias, the last 5 of 13 queries to keys 3 ... 9 alone."""
-    case = make(np.random.default_rng(5), queries=13, keys=13, mask=CAUSAL)
-    bias = RelativeBias(jnp.float32(np.random.default_rng(6).standard_normal((8, 4))), False, 20)
-    q, k, v = (jnp.float32(a) for a in (case.q, case.k, case.v))
-    weightless = jnp.where((jnp.arange(13) >= 3) & (jnp.arange(13) < 10), 0.0, -1e9)[:, None, None]
-    one = jnp.ones_like(q[..., :1])
-    # A further dimension of the heads takes the other keys out.
-    expected = attention(
-        jnp.concatenate([q, one], -1),
-        jnp.concatenate([k, jnp.broadcast_to(weightless, k[..., :1].shape)], -1),
-        jnp.concatenate([v, jnp.zeros_like(v[..., :1])], -1),
-        mask=CAUSAL,
-        relative_bias=bias,
-    )[:, 8:, :, :8]
-    part = attention(
-        q[:, 8:], k[:, 3:10], v[:, 3:10], mask=CAUSAL, relative_bias=bias, query_offset=jnp.int32(8), key_offset=3
-    )
-    np.testing.assert_allclose(part, expected, atol=1e-5)
+    with pytest.raises(UserError, match="needs a TPU, but the device is a cpu"):
+        attention(x, x, x, mask=CAUSAL, backend="tpu")
 
 
 def test_shapes_that_do_not_fit_are_refused():
     x, y = jnp.zeros((1, 4, 3, 2)), jnp.zeros((1, 4, 2, 2))
     with pytest.raises(ValueError, match="3 query heads"):
         attention(x, y, y, mask=CAUSAL)
-    with pytest.raises(ValueError, match="not for 3 heads"):
-        attention(x, x, x, mask=CAUSAL, relative_bias=RelativeBias(jnp.zeros((8, 2)), True))
+    for bias in (RelativeBias(jnp.zeros((8, 2)), True), Alibi.of(2)):
+        with pytest.raises(ValueError, match="not for 3 heads"):
+            attention(x, x, x, mask=CAUSAL, relative_bias=bias)

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from t5x_domain.kernels.relative_bias import (
+    Alibi,
     RelativeBias,
     diagonals,
     relative_position_bucket,
@@ -118,3 +119,10 @@ def test_saturation(bidirectional, buckets, largest):
     assert of(-before) != of(1 - before) and (after == 0 or of(after) != of(after - 1))
     if buckets == 32:
         assert (before, after) == ((91, 91) if bidirectional else (113, 0))
+
+
+def test_slopes_of_alibi():
+    """Press et al. 2022, section 3: 1/2, 1/4 ... 1/256 for 8 heads; 12 heads take 4 of those of 16 beside them."""
+    np.testing.assert_allclose(Alibi.of(8).slopes, 0.5 ** np.arange(1, 9))
+    expected = [*0.5 ** np.arange(1, 9), *0.5 ** np.arange(0.5, 4.5)]
+    np.testing.assert_allclose(Alibi.of(12).slopes, expected, rtol=1e-6)

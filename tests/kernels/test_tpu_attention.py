@@ -1,19 +1,17 @@
 """The TPU's kernels, interpreted, against the dense float64 reference."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_cases import Case, check, leading, make, segments
+from attention_cases import Case, check, kernel_call, leading, make, segments
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 from jaxpr_shapes import intermediate_shapes
 
-from t5x_domain.kernels.attention_tpu import Options, attention_tpu
-from t5x_domain.kernels.mask import BIDIRECTIONAL, CAUSAL, Mask, key_intervals
+from t5x_domain.kernels.attention_tpu import TpuAttention
+from t5x_domain.kernels.mask import BIDIRECTIONAL, CAUSAL, Mask
 from t5x_domain.kernels.tpu.blocks import Blocks, Chip
 
 _SMALL = Blocks(queries=128, keys=256, chunk=128)
@@ -24,18 +22,11 @@ def small_chip(resident: int = 2**20) -> Chip:
     return Chip(resident * 128 * 12 * 4, {64: _SMALL, 128: _SMALL, 256: _SMALL}, {64: _SMALL, 128: _SMALL, 256: _SMALL})
 
 
-def attend(q, k, v, *, mask, relative_bias, segment_ids, prefix, scale, softcap, interpret=True, target=None):
+def attend(interpret=True, target=None):
     """`kernels.attention.attention` on an interpreted TPU."""
-    intervals = key_intervals(mask, q.shape[1], k.shape[1], segment_ids=segment_ids, prefix=prefix)
-    return attention_tpu(
-        q,
-        k,
-        v,
-        relative_bias=relative_bias,
-        intervals=None if mask == BIDIRECTIONAL and segment_ids is None else intervals,
-        shift=0,
-        options=Options(scale, softcap, interpret),
-        target=target or small_chip(),
+    options = {"interpret": interpret, "target": target or small_chip()}
+    return kernel_call(
+        lambda q, k, bias, **more: TpuAttention.of(q.shape[1], k.shape[1], q.shape[3], bias, **options, **more)
     )
 
 
@@ -75,7 +66,7 @@ def cases(draw):
 @settings(max_examples=6, deadline=None)
 @given(case=cases())
 def test_output_and_gradients_equal_the_dense_reference(case):
-    check(case, attend=attend)
+    check(case, attend=attend())
 
 
 def t5(queries=400, **options) -> Case:
@@ -88,13 +79,20 @@ def t5(queries=400, **options) -> Case:
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_bfloat16(causal):
-    check(t5(mask=Mask(causal=causal), bidirectional=not causal, dim=64, scale=0.125), "bfloat16", attend)
+    check(t5(mask=Mask(causal=causal), bidirectional=not causal, dim=64, scale=0.125), "bfloat16", attend())
+
+
+@pytest.mark.parametrize("softcap", [None, 4.0])
+@pytest.mark.parametrize("mask", [CAUSAL, BIDIRECTIONAL])
+def test_alibi(mask, softcap):
+    """600 positions: blocks on both sides lie beyond the table, where the bias goes on."""
+    check(make(np.random.default_rng(0), 1, 600, 600, mask=mask, alibi=True, softcap=softcap), attend=attend())
 
 
 @pytest.mark.parametrize("softcap", [None, 4.0])
 def test_queries_in_parts(softcap):
     """The gradient of 400 queries of which 128 find room: 4 parts, the last of them mostly padding."""
-    check(t5(mask=BIDIRECTIONAL, softcap=softcap), attend=functools.partial(attend, target=small_chip(128)))
+    check(t5(mask=BIDIRECTIONAL, softcap=softcap), attend=attend(target=small_chip(128)))
 
 
 def test_rows_without_keys_give_zeros_and_pass_no_gradient():
@@ -103,7 +101,7 @@ def test_rows_without_keys_give_zeros_and_pass_no_gradient():
     other = np.repeat(np.array([[1, 3, 0]], np.int32), (150, 100, 50), axis=1)
     case = make(rng, batch=1, queries=300, keys=300, mask=BIDIRECTIONAL, query_ids=ids, key_ids=other)
     inputs = [jnp.float32(a) for a in (case.q, case.k, case.v)]
-    out, pull = jax.vjp(lambda *inputs: case.call(*inputs, None, attend), *inputs)
+    out, pull = jax.vjp(lambda *inputs: case.call(*inputs, None, attend()), *inputs)
     for result in (out, *pull(jnp.ones_like(out))):
         assert (np.asarray(result[0, 150:]) == 0).all() and (np.asarray(result[0, :150]) != 0).all()
 
@@ -111,14 +109,14 @@ def test_rows_without_keys_give_zeros_and_pass_no_gradient():
 def test_nothing_is_read_before_it_is_written_and_cores_do_not_race(capfd):
     """Uninitialised memory is NaN in this interpreter, and heads run on two cores."""
     params = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2, uninitialized_memory="nan")
-    check(t5(260, mask=Mask(window=(150, 60), global_tokens=2)), attend=functools.partial(attend, interpret=params))
+    check(t5(260, mask=Mask(window=(150, 60), global_tokens=2)), attend=attend(interpret=params))
     assert "RACE" not in "".join(capfd.readouterr())
 
 
 def test_results_are_the_same_each_time():
     case = t5(mask=CAUSAL, bidirectional=False)
     inputs = [jnp.float32(a) for a in (case.q, case.k, case.v, case.table)]
-    run = jax.jit(jax.grad(lambda *inputs: jnp.square(case.call(*inputs, attend)).sum(), (0, 1, 2, 3)))
+    run = jax.jit(jax.grad(lambda *inputs: jnp.square(case.call(*inputs, attend())).sum(), (0, 1, 2, 3)))
     for first, second in zip(run(*inputs), run(*inputs), strict=True):
         np.testing.assert_array_equal(first, second)
 
@@ -127,7 +125,7 @@ def test_no_array_of_queries_times_keys():
     length = 1024  # a block is 128 x 256, a skewed table 128 x 896
     case = make(np.random.default_rng(4), batch=1, queries=length, keys=length, heads=1, kv_heads=1, mask=CAUSAL)
     inputs = [jnp.float32(a) for a in (case.q, case.k, case.v, np.zeros((8, 1)))]
-    shapes = intermediate_shapes(jax.grad(lambda *a: case.call(*a, attend).sum(), (0, 1, 2, 3)), *inputs)
+    shapes = intermediate_shapes(jax.grad(lambda *a: case.call(*a, attend()).sum(), (0, 1, 2, 3)), *inputs)
     assert max(np.prod(shape) for shape in shapes) < length * length // 2
 
 

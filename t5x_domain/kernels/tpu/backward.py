@@ -14,11 +14,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from t5x_domain.kernels.mask import KeyIntervals
-from t5x_domain.kernels.tpu.block_map import ACTIVE, AFTER, FIRST, LAST, NEAR, PARTIAL, BlockMap, read
+from t5x_domain.kernels.tpu.block_map import ACTIVE, FIRST, LAST, NEAR, PARTIAL, BlockMap, read
 from t5x_domain.kernels.tpu.blocks import LANES
 from t5x_domain.kernels.tpu.logits import MASKED, base2_logits, dot
 from t5x_domain.kernels.tpu.settings import Settings
-from t5x_domain.kernels.tpu.skewed_bias import HeadBias
+from t5x_domain.kernels.tpu.skewed_bias import HeadBias, far_bias
 from t5x_domain.kernels.tpu.specs import block_specs
 
 
@@ -34,6 +34,7 @@ def backward(
     lse: jax.Array,
     delta: jax.Array,
     settings: Settings,
+    dtype: jax.typing.DTypeLike,
     sum_dtype: jax.typing.DTypeLike,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
     """Gradients of `forward`, whose arguments these are, but for `bias` and `pairs`.
@@ -44,11 +45,12 @@ def backward(
       d_out: gradient of the output, [B, H, Sq, D].
       lse: as the forward pass gave it.
       delta: sum of output times its gradient, [B, H, 1, Sq] float32.
+      dtype: of dq.
       sum_dtype: of dk and dv.
 
     Returns:
-      dq [B, H, Sq, D] in q's dtype, dk and dv of each query head, [B, H, Sk, D], and the gradient of `bias.skewed` as
-      if it were added to the logits as it is; None without a bias.
+      dq [B, H, Sq, D], dk and dv of each query head, [B, H, Sk, D], and the gradient of `bias.skewed` as if it were
+      added to the logits as it is; None without a bias that learns.
     """
     (batch, heads, query_length, dim), (kv_heads, key_length) = q.shape, k.shape[1:3]
     blocks = settings.blocks
@@ -57,6 +59,7 @@ def backward(
     rows = jax.tree.map(lambda a: a[:, None], intervals)  # [B or 1, 1, Sq]
     skewed, far = (None, jnp.zeros(1)) if bias is None else (bias.skewed, bias.far.reshape(-1))
     head_spec = None if bias is None else specs.head(skewed.shape)
+    learns = bias is not None and not settings.layout.linear
     sums = jax.ShapeDtypeStruct((batch, heads, key_length, dim), sum_dtype)
     return pl.pallas_call(
         functools.partial(_kernel, settings=settings, entry=specs.entry),
@@ -65,15 +68,15 @@ def backward(
             grid=(heads, batch, pairs.steps),
             in_specs=[specs.query, specs.key, specs.key, head_spec, jax.tree.map(lambda _: specs.interval, rows)]
             + [specs.query, specs.lane, specs.lane],
-            out_specs=[whole_spec, specs.key_sum, specs.key_sum, head_spec],
+            out_specs=[whole_spec, specs.key_sum, specs.key_sum, head_spec if learns else None],
             scratch_shapes=[pltpu.VMEM((query_length, dim), jnp.float32)]
             + [pltpu.VMEM((blocks.keys, dim), jnp.float32)] * 2,
         ),
         out_shape=[
-            jax.ShapeDtypeStruct(q.shape, q.dtype),
+            jax.ShapeDtypeStruct(q.shape, dtype),
             sums,
             sums,
-            None if bias is None else jax.ShapeDtypeStruct(skewed.shape, jnp.float32),
+            jax.ShapeDtypeStruct(skewed.shape, jnp.float32) if learns else None,
         ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=settings.vmem
@@ -113,13 +116,13 @@ def _kernel(
         dv_sum[...] = jnp.zeros_like(dv_sum)
 
     def attend(partial, near):
-        side = far[2 * head + jnp.where(flags & AFTER != 0, 1, 0)] if settings.layout and not near else None
+        side, descent = far_bias(settings.layout, far, head, flags, near)
         rows = pl.ds(pl.multiple_of(row * blocks.queries, LANES), blocks.queries)
         for start in range(0, blocks.keys, blocks.chunk):
             here = pl.ds(start, blocks.chunk)
             bias = side if settings.softcap is not None else None
             if near:
-                bias = _bias(skewed, settings, distance + start)
+                bias = _bias(skewed, descent, settings, distance + start)
             logits, slope = base2_logits(
                 dot(k[here], q[...], 1, 1), bias, scale=settings.scale, softcap=settings.softcap
             )
@@ -164,13 +167,14 @@ def _each_block(ref, axis, value):
     jax.lax.fori_loop(0, ref.shape[axis] // LANES, body, None)
 
 
-def _bias(skewed, settings, distance):
+def _bias(skewed, descent, settings, distance):
     """[chunk, queries] of bias: strips of 128 keys, each an aligned slice."""
-    offset = settings.layout.offset
-    strips = [
-        skewed[:, pl.ds(pl.multiple_of(offset(-distance - first), LANES), settings.blocks.queries)]
-        for first in range(0, settings.blocks.chunk, LANES)
-    ]
+    strips = []
+    for first in range(0, settings.blocks.chunk, LANES):
+        here = -distance - first
+        window = pl.ds(pl.multiple_of(settings.layout.offset(here), LANES), settings.blocks.queries)
+        strip = skewed[:, window]
+        strips.append(strip if descent is None else strip - descent * settings.layout.excess(here).astype(jnp.float32))
     return jnp.concatenate(strips, axis=0)
 
 

@@ -40,6 +40,9 @@ class Far(NamedTuple):
     after: int
 
 
+EVERYWHERE = Far(2**30, 2**30)  # of a bias that never stops to change
+
+
 def block_map(
     intervals: KeyIntervals | None,
     query_blocks: int,

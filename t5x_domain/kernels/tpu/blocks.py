@@ -3,9 +3,10 @@
 import dataclasses
 import math
 
-import jax
+from t5x_domain.kernels.device import device_kind
 
 LANES = 128  # of a vector register; lengths are padded to it
+SMEM = 512 * 1024  # bytes of scalar memory for the block map
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,14 +62,9 @@ _CHIPS = {
 }
 
 
-def chip(device_kind: str | None = None) -> Chip:
+def chip(kind: str | None = None) -> Chip:
     """The chip that is compiled for; the smallest one where that is not known (ahead of time, without a mesh)."""
-    return _CHIPS.get(device_kind or _device_kind(), _CHIPS["TPU v4"])
-
-
-def _device_kind() -> str:
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.devices()[0].device_kind if device is None else device.device_kind
+    return _CHIPS.get(kind or device_kind(), _CHIPS["TPU v4"])
 
 
 def _equal_parts(length: int, largest: int, unit: int) -> int:

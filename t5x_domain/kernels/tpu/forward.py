@@ -12,11 +12,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from t5x_domain.kernels.mask import KeyIntervals
-from t5x_domain.kernels.tpu.block_map import ACTIVE, AFTER, FIRST, LAST, NEAR, PARTIAL, BlockMap, read
+from t5x_domain.kernels.tpu.block_map import ACTIVE, FIRST, LAST, NEAR, PARTIAL, BlockMap, read
 from t5x_domain.kernels.tpu.blocks import LANES
 from t5x_domain.kernels.tpu.logits import MASKED, UNSEEN, base2_logits, dot
 from t5x_domain.kernels.tpu.settings import Settings
-from t5x_domain.kernels.tpu.skewed_bias import HeadBias
+from t5x_domain.kernels.tpu.skewed_bias import HeadBias, far_bias
 from t5x_domain.kernels.tpu.specs import block_specs
 
 
@@ -29,6 +29,7 @@ def forward(
     pairs: BlockMap,
     shift: jax.Array,
     settings: Settings,
+    dtype: jax.typing.DTypeLike,
 ) -> tuple[jax.Array, jax.Array]:
     """Attention with heads before positions, all lengths multiples of their blocks.
 
@@ -40,9 +41,10 @@ def forward(
       intervals: [B or 1, Sq]; None if every query sees every key.
       pairs: of the blocks, query block by query block.
       shift: int32 scalar, a multiple of 128: position of the first key minus that of the first query.
+      dtype: of the output.
 
     Returns:
-      Output [B, H, Sq, D] in q's dtype, and log2 of the sum of exp of each query's logits, [B, H, 1, Sq] float32, a
+      Output [B, H, Sq, D], and log2 of the sum of exp of each query's logits, [B, H, 1, Sq] float32, a
       huge number for a query without keys.
     """
     (batch, heads, query_length, dim), (kv_heads, key_length) = q.shape, k.shape[1:3]
@@ -65,7 +67,7 @@ def forward(
             scratch_shapes=scratch,
         ),
         out_shape=[
-            jax.ShapeDtypeStruct(q.shape, q.dtype),
+            jax.ShapeDtypeStruct(q.shape, dtype),
             jax.ShapeDtypeStruct((batch, heads, 1, query_length), jnp.float32),
         ],
         compiler_params=pltpu.CompilerParams(
@@ -96,11 +98,11 @@ def _kernel(entries, shift, far, q, k, v, skewed, intervals, out, lse, top, tota
             seen[0][i] = jnp.broadcast_to(border[...], (LANES, blocks.queries)).T
 
     def attend(partial, near):
-        side = far[2 * head + jnp.where(flags & AFTER != 0, 1, 0)] if settings.layout and not near else None
+        side, descent = far_bias(settings.layout, far, head, flags, near)
         for start in range(0, blocks.keys, blocks.chunk):
             bias = side if settings.softcap is not None else None
             if near:
-                bias = _bias(skewed, settings, distance + start)
+                bias = _bias(skewed, descent, settings, distance + start)
             products = dot(q[...], k[pl.ds(start, blocks.chunk)], 1, 1)
             logits, _ = base2_logits(products, bias, scale=settings.scale, softcap=settings.softcap)
             if partial:
@@ -132,13 +134,14 @@ def _accumulate(logits, constant, v, top, total, acc):
     acc[...] = acc[...] * _lanes(shrink, acc.shape[1]) + dot(weights.astype(v.dtype), v, 1, 0)
 
 
-def _bias(skewed, settings, distance):
+def _bias(skewed, descent, settings, distance):
     """[queries, chunk] of bias: strips of 128 queries, each an aligned slice."""
-    offset = settings.layout.offset
-    strips = [
-        skewed[:, pl.ds(pl.multiple_of(offset(distance - first), LANES), settings.blocks.chunk)]
-        for first in range(0, settings.blocks.queries, LANES)
-    ]
+    strips = []
+    for first in range(0, settings.blocks.queries, LANES):
+        here = distance - first
+        window = pl.ds(pl.multiple_of(settings.layout.offset(here), LANES), settings.blocks.chunk)
+        strip = skewed[:, window]
+        strips.append(strip if descent is None else strip - descent * settings.layout.excess(here).astype(jnp.float32))
     return jnp.concatenate(strips, axis=0)
 
 

@@ -34,6 +34,6 @@ class Settings:
     def kinds(self, masked: bool) -> list[tuple[int, bool, bool]]:
         """Of the block pairs: their flags, whether they are partial, and whether the bias varies inside."""
         partial = (False, True) if masked else (False,)
-        near = (False,) if self.layout is None else (False, True)
+        near = (False,) if self.layout is None else (True,) if self.layout.linear else (False, True)
         branches = self.branches or [(p, n) for p in partial for n in near]
         return [(ACTIVE | PARTIAL * p | NEAR * n, p, n) for p, n in branches]

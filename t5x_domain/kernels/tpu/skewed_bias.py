@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from t5x_domain.kernels.relative_bias import toeplitz, toeplitz_transpose
-from t5x_domain.kernels.tpu.block_map import Far
+from t5x_domain.kernels.tpu.block_map import AFTER, Far
 from t5x_domain.kernels.tpu.blocks import LANES
 
 
@@ -24,10 +24,12 @@ class SkewedLayout:
     Attributes:
       lanes: columns of a block of logits.
       far: the bias of `column - row` is constant outside of these.
+      linear: it is linear in the distance there, on both sides, not constant.
     """
 
     lanes: int
     far: Far
+    linear: bool = False
 
     @property
     def origin(self) -> int:
@@ -42,6 +44,10 @@ class SkewedLayout:
     def offset(self, distance: jax.typing.ArrayLike) -> jax.Array:
         """First lane of 128 rows whose first row lies `distance` (a multiple of 128) left of their first column."""
         return jnp.clip(self.origin + distance, 0, self.width - self.lanes)
+
+    def excess(self, distance: jax.typing.ArrayLike) -> jax.Array:
+        """How much farther 128 rows lie than where `offset` reads them."""
+        return jnp.abs(self.origin + distance - self.offset(distance))
 
     def window(self, distance: jax.typing.ArrayLike) -> jax.Array:
         """First lane of a 128 x 128 tile of which only the sum over each diagonal matters."""
@@ -58,16 +64,39 @@ class HeadBias(NamedTuple):
 
     Attributes:
       skewed: [H, 128, width].
-      far: [H, 2], of distances up to `-far.before` and from `far.after` on.
+      far: [H, 2], of distances up to `-far.before` and from `far.after` on; if linear, its descent, [H].
     """
 
     skewed: jax.Array
     far: jax.Array
 
 
+def far_bias(
+    layout: SkewedLayout | None, far: jax.Array, head: jax.Array, flags: jax.Array, near: bool
+) -> tuple[jax.Array | None, jax.Array | None]:
+    """Inside a kernel: the constant of a far pair of blocks, or the descent of a linear bias; None for what is not so.
+
+    Args:
+      far: `HeadBias.far`, flat, in scalar memory.
+      flags: of the pair.
+      near: whether its bias is read from the table.
+    """
+    if layout is None:
+        return None, None
+    if layout.linear:
+        return None, far[head]
+    return None if near else far[2 * head + jnp.where(flags & AFTER != 0, 1, 0)], None
+
+
 def skew(diagonals: jax.Array, layout: SkewedLayout) -> jax.Array:
     """[H, before + 1 + after] values at distances -before ... after -> [H, 128, width]."""
     return toeplitz(jnp.pad(diagonals, layout._padding, mode="edge"), LANES)
+
+
+def skew_linear(slopes: jax.Array, layout: SkewedLayout) -> jax.Array:
+    """[H] slopes -> [H, 128, width] of `-slope * |distance|`."""
+    distance = jnp.arange(layout.width + LANES - 1) - (layout.origin + LANES - 1)
+    return toeplitz(-slopes[:, None] * jnp.abs(distance).astype(jnp.float32), LANES)
 
 
 def unskew(table: jax.Array, layout: SkewedLayout) -> jax.Array:
