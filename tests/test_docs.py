@@ -1,14 +1,18 @@
-"""The guide's pictures and tables are those that the code gives, and its links and gin names are there."""
+"""The guides' pictures and tables are those that the code gives, and their links, gin names and examples work."""
 
 import re
 import runpy
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from t5x_domain.kernels.relative_bias import relative_position_bucket
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
+GUIDES = ("attention.md", "objectives.md")  # with pictures and tables of make_figures.py
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +25,7 @@ def script():
 def test_pictures_and_tables_are_up_to_date(script, tmp_path):
     script["write"](tmp_path)
     made = {path.relative_to(tmp_path): path.read_bytes() for path in tmp_path.rglob("*.*")}
-    committed = [Path("objectives.md"), *(path.relative_to(DOCS) for path in (DOCS / "figures").iterdir())]
+    committed = [*map(Path, GUIDES), *(path.relative_to(DOCS) for path in (DOCS / "figures").iterdir())]
     assert sorted(made) == sorted(committed)
     for path, content in made.items():
         assert (DOCS / path).read_bytes() == content, f"docs/{path} is old: run python docs/make_figures.py"
@@ -60,10 +64,28 @@ def test_text_stays_on_the_card(script):
             assert left > 0 and left + width < float(svg.get("width")), f"{path.name}: {text.text}"
 
 
+def test_every_picture_is_shown_once():
+    named = [name for guide in GUIDES for name in re.findall(r"\]\((figures/[^)]+)\)", (DOCS / guide).read_text())]
+    assert sorted(named) == sorted(f"figures/{path.name}" for path in (DOCS / "figures").iterdir())
+
+
+def test_example_of_attention_runs():
+    (example,) = re.findall(r"^```python\n(.*?)^```", (DOCS / "attention.md").read_text(), re.MULTILINE | re.DOTALL)
+    exec(compile(example, "docs/attention.md", "exec"), {})
+
+
+def test_slices_of_the_skewed_table_are_the_bias(script):
+    """What the picture of the table shows side by side is T5's bucket of every query and key, lane for lane."""
+    places = script["strips_read"]()
+    assert {name for name, *_ in places} == {"A1", "A2", "B1", "B2"}
+    for name, _, row, first_key, _, buckets in places:
+        queries, keys = row * 128 + np.arange(128), first_key + np.arange(buckets.shape[1])
+        expected = relative_position_bucket(keys - queries[:, None], bidirectional=True)
+        np.testing.assert_array_equal(buckets, expected, err_msg=name)
+
+
 def test_guide_names_what_there_is(script):
     guide = (DOCS / "objectives.md").read_text()
-    named = re.findall(r"\]\((figures/[^)]+)\)", guide)
-    assert sorted(named) == sorted(f"figures/{path.name}" for path in (DOCS / "figures").iterdir())
     recipes = {path.name for path in (ROOT / "gin/recipes").glob("*.gin")}
     assert set(re.findall(r"^\| `(\w+\.gin)` \|", guide, re.MULTILINE)) == recipes
     assert {file for _, file, *_ in script["recipes"]()} == recipes

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from t5x_domain.kernels.decode import KeysValues, decode_attention
-from t5x_domain.kernels.relative_bias import RelativeBias, diagonals
+from t5x_domain.kernels.relative_bias import Bias, diagonals
 from t5x_domain.models.attention import Attention
 from t5x_domain.models.stack import Block, Stack
 
@@ -151,12 +151,12 @@ def _attend_to_memory(layer: Attention, x: jax.Array, memory: KeysValues, length
     return layer.output(attended.reshape(q.shape))
 
 
-def _bias_of(stack: Stack, block: Block) -> RelativeBias | None:
+def _bias_of(stack: Stack, block: Block) -> Bias | None:
     table = block.relative_bias or stack.relative_bias
     return None if table is None else table()
 
 
-def _bias_at(bias: RelativeBias, cache: Cache) -> jax.Array:
+def _bias_at(bias: Bias, cache: Cache) -> jax.Array:
     """[H, S + 1]: of the cached slots for a query in the slot after them, and of the query's own."""
     length = cache.layers[0].keys.shape[2]
     along = diagonals(bias, length, length)

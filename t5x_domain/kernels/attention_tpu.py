@@ -146,7 +146,7 @@ class TpuAttention:
             jnp.float32 if self.exact else q.dtype,
         )
         lse = lse[:, :, 0, : self.query_length]
-        lse = jnp.where(lse < MASKED / 2, EMPTY, lse / LOG2E)
+        lse = jnp.where(lse > -MASKED / 2, EMPTY, lse / LOG2E)
         return jnp.swapaxes(out[:, :, : self.query_length], 1, 2)[..., :dim], lse
 
     def backward(

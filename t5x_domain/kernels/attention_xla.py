@@ -16,7 +16,7 @@ from t5x_domain.kernels.barrier import computed_once
 from t5x_domain.kernels.device import platform
 from t5x_domain.kernels.mask import KeyIntervals
 from t5x_domain.kernels.precision import accumulator
-from t5x_domain.kernels.relative_bias import Bias, diagonals, toeplitz, toeplitz_transpose
+from t5x_domain.kernels.relative_bias import Bias, RelativeBias, diagonals, toeplitz, toeplitz_transpose
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,11 +108,15 @@ class XlaAttention:
             dq = _product("bkgcs,bksd->bkgcd", ds, k)
             return (dk, dv, d_diagonal), dq if self.exact else dq.astype(q.dtype)
 
-        zeros = lambda a: None if a is None else jnp.zeros(a.shape, accumulator(a.dtype))  # noqa: E731
+        zeros = lambda a: jnp.zeros(a.shape, exact)  # noqa: E731
+        d_diagonal = zeros(diagonal) if isinstance(bias, RelativeBias) else None  # ALiBi learns nothing
         chunks = (jnp.arange(q.shape[3] // chunk), _split(q, 3, chunk), intervals, *by_query, _split(d_out, 3, chunk))
-        (dk, dv, d_diagonal), dq = jax.lax.scan(body, (zeros(k), zeros(v), zeros(diagonal)), chunks)
+        (dk, dv, d_diagonal), dq = jax.lax.scan(body, (zeros(k), zeros(v), d_diagonal), chunks)
         dk, dv = (jnp.moveaxis(a, 1, 2).astype(exact if self.exact else k.dtype) for a in (dk, dv))
-        return _queries_first(_join(dq, 3))[:, :length], dk, dv, to_bias(d_diagonal)[0]
+        d_bias = (
+            jax.tree.map(jnp.zeros_like, bias) if d_diagonal is None else to_bias(d_diagonal.astype(diagonal.dtype))[0]
+        )
+        return _queries_first(_join(dq, 3))[:, :length], dk, dv, d_bias
 
     def _chunk(self, length):
         """Queries of a chunk, no larger than asked for: chunks of equal size, the least padding."""

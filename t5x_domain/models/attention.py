@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from t5x_domain.kernels.mask import Mask, SegmentIds
-from t5x_domain.kernels.relative_bias import RelativeBias
+from t5x_domain.kernels.relative_bias import Alibi, Bias, RelativeBias
 from t5x_domain.models.config import LOCAL, ModelConfig
 from t5x_domain.models.layers import Linear, Norm, normal_param, rotate
 from t5x_domain.parallel.attention import Plan, attention, attention_plan
@@ -29,15 +29,16 @@ def plan(
       prefix: [B, T], tokens seen by their whole segment although the mask is causal.
     """
     heads = lambda a, n: jax.ShapeDtypeStruct((*a.shape[:2], n, config.head_dim), jnp.dtype(config.dtype))  # noqa: E731
-    bias = None
-    if memory is None and config.position == "relative_bias":
-        table = jax.ShapeDtypeStruct((config.relative_bias_buckets, config.num_heads), jnp.float32)
-        bias = RelativeBias(table, not mask.causal, config.relative_bias_max_distance)
+    table = jax.ShapeDtypeStruct((config.relative_bias_buckets, config.num_heads), jnp.float32)
+    biases = {
+        "relative_bias": RelativeBias(table, not mask.causal, config.relative_bias_max_distance),
+        "alibi": Alibi.of(config.num_heads),
+    }
     return attention_plan(
         heads(x, config.num_heads),
         heads(x if memory is None else memory, config.kv_heads),
         mask=mask,
-        relative_bias=bias,
+        relative_bias=biases.get(config.position) if memory is None else None,
         segment_ids=segment_ids,
         prefix=prefix,
         backend=config.attention_backend,
@@ -57,6 +58,27 @@ class RelativeBiasTable(nnx.Module):
     def __call__(self) -> RelativeBias:
         """What the kernel takes."""
         return RelativeBias(self.table[...], self.bidirectional, self.max_distance)
+
+
+class AlibiSlopes(nnx.Module):
+    """ALiBi in the place of a table."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        """Slopes of `config.num_heads` heads."""
+        self.num_heads = config.num_heads
+
+    def __call__(self) -> Alibi:
+        """What the kernel takes."""
+        return Alibi.of(self.num_heads)
+
+
+def shared_bias(config: ModelConfig, *, bidirectional: bool, rngs: nnx.Rngs) -> RelativeBiasTable | AlibiSlopes | None:
+    """The bias that all layers of a stack share, if there is one."""
+    if config.position == "alibi":
+        return AlibiSlopes(config)
+    if config.position == "relative_bias" and not config.relative_bias_per_layer:
+        return RelativeBiasTable(config, bidirectional=bidirectional, rngs=rngs)
+    return None
 
 
 class Attention(nnx.Module):
@@ -83,7 +105,7 @@ class Attention(nnx.Module):
         plan: Plan,
         memory: jax.Array | None = None,
         positions: jax.Array | None = None,
-        relative_bias: RelativeBias | None = None,
+        relative_bias: Bias | None = None,
     ) -> jax.Array:
         """Attends from x to itself, or to `memory` (cross-attention, which knows no positions).
 
@@ -92,7 +114,7 @@ class Attention(nnx.Module):
           plan: which keys the queries see, of `plan`.
           memory: [B, S, embed_dim], an encoder's output.
           positions: [B, T] int32 for the rotation.
-          relative_bias: T5's bias.
+          relative_bias: T5's bias or ALiBi's.
 
         Returns:
           [B, T, embed_dim].

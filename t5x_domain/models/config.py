@@ -34,7 +34,7 @@ class ModelConfig:
       norm_unit_offset: scale by 1 + weight, weight starting at 0 (Gemma).
       norm_placement: "pre", or "pre_post" for a norm before and after each sub-layer (Gemma 2).
       embedding_norm: a norm right after the embedding (ModernBERT).
-      position: "relative_bias" (T5), "rope" (Su et al. 2021), or "none".
+      position: "relative_bias" (T5), "rope" (Su et al. 2021), "alibi" (Press et al. 2022), or "none".
       relative_bias_buckets, relative_bias_max_distance: of T5's bias.
       relative_bias_per_layer: a table for each layer (umT5) instead of one shared by the stack.
       rope_base: base of the rotation in global layers.
@@ -80,7 +80,7 @@ class ModelConfig:
     norm_unit_offset: bool = False
     norm_placement: Literal["pre", "pre_post"] = "pre"
     embedding_norm: bool = False
-    position: Literal["relative_bias", "rope", "none"] = "relative_bias"
+    position: Literal["relative_bias", "rope", "alibi", "none"] = "relative_bias"
     relative_bias_buckets: int = 32
     relative_bias_max_distance: int = 128
     relative_bias_per_layer: bool = False
@@ -109,7 +109,7 @@ class ModelConfig:
         choices = {
             "norm": ("rmsnorm", "layernorm"),
             "norm_placement": ("pre", "pre_post"),
-            "position": ("relative_bias", "rope", "none"),
+            "position": ("relative_bias", "rope", "alibi", "none"),
             "attention_scale": ("none", "head_dim"),
             "remat": ("none", "minimal", "full"),
             "dtype": ("float32", "bfloat16", "float64"),

@@ -8,7 +8,7 @@ import jax
 from flax import nnx
 
 from t5x_domain.kernels.mask import Mask, SegmentIds
-from t5x_domain.models.attention import Attention, RelativeBiasTable, plan
+from t5x_domain.models.attention import Attention, RelativeBiasTable, plan, shared_bias
 from t5x_domain.models.config import ModelConfig
 from t5x_domain.models.layers import Mlp, Norm, dropout
 from t5x_domain.parallel.attention import Plan
@@ -108,8 +108,7 @@ class Stack(nnx.Module):
         repeats, rest = divmod(num_layers, len(kinds))
         if not config.scan_layers:
             kinds, repeats, rest = kinds * repeats + kinds[:rest], 0, num_layers
-        one_bias = config.position == "relative_bias" and not config.relative_bias_per_layer
-        self.relative_bias = RelativeBiasTable(config, bidirectional=not causal, rngs=rngs) if one_bias else None
+        self.relative_bias = shared_bias(config, bidirectional=not causal, rngs=rngs)
         self.layers = _stacked(lambda rngs: Pattern(config, kinds, scanned=True, rngs=rngs, **options), repeats, rngs)
         self.rest = Pattern(config, kinds[:rest], scanned=False, rngs=rngs, **options) if rest else None
         self.norm = Norm(config)

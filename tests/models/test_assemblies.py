@@ -21,7 +21,7 @@ BASE = {
     "num_decoder_layers": 2,
     "dtype": "float64",
 }
-POSITIONS = ["relative_bias", "rope"]
+POSITIONS = ["relative_bias", "rope", "alibi"]
 
 
 @pytest.fixture(autouse=True)
@@ -168,7 +168,7 @@ def test_dropout_needs_a_key():
         ({"norm": "batchnorm"}, "ModelConfig.norm = 'batchnorm'.*rmsnorm, layernorm"),
         ({"dtype": "int8"}, "ModelConfig.dtype"),
         ({"remat": "some"}, "ModelConfig.remat"),
-        ({"position": "alibi"}, "ModelConfig.position"),
+        ({"position": "sinusoidal"}, "ModelConfig.position"),
         ({"mlp_activations": ("swish",)}, "ModelConfig.mlp_activations"),
         ({"mlp_activations": ()}, "ModelConfig.mlp_activations"),
         ({"layer_pattern": ("global", "dilated")}, "ModelConfig.layer_pattern"),

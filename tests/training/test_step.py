@@ -22,6 +22,7 @@ MESHES = {
     "fsdp": {"data": 1, "fsdp": 8},
     "tensor_fsdp": {"data": 1, "tensor": 2, "fsdp": 4},
     "sequence": {"data": 2, "sequence": 2, "tensor": 2},
+    "ring": {"data": 2, "sequence": 4},
 }
 EXACT_CONFIG = dataclasses.replace(CONFIG, dtype="float64")
 
@@ -59,7 +60,8 @@ def single(request):
 def test_loss_and_gradients_do_not_depend_on_the_mesh(single, shape):
     model, params, rows, wanted = single
     with jax.enable_x64(True):
-        plan = blueprint(mesh(**MESHES[shape]), model, EXACT_CONFIG)
+        config = dataclasses.replace(EXACT_CONFIG, sequence_attention="ring" if shape == "ring" else "gather")
+        plan = blueprint(mesh(**MESHES[shape]), model, config)
         assert_exact(loss_and_gradients(plan, params, rows), wanted)
 
 
