@@ -9,13 +9,17 @@ HF_VENV ?= .venv-hf
 # Known to glibc 2.35 and newer on Linux; nothing else takes notice.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: demo test test-hf lint clean setup bench studies
+.PHONY: demo test test-kernels test-hf lint clean setup bench studies
 
 demo: setup
 	$(BIN)/python -m t5x_domain.demo
 
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests
+
+# Twenty times the examples of attention that `test` tries: a quarter of an hour.
+test-kernels: setup
+	EXAMPLES=20 $(BIN)/python -m pytest -n 2 tests/kernels tests/parallel
 
 # transformers lives in an environment of its own: torch and JAX are not always at hand for the same Python.
 # FLAN_T5_SMALL names a Hugging Face folder of that model, T5X_TESTDATA the folder t5x/testdata of T5X's repository; what

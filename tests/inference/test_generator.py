@@ -91,8 +91,20 @@ def test_a_prefix_lm_sees_its_whole_prompt():
     assert np.abs(np.asarray(hidden - causal)).max() > 1e-2  # the prompt's direction matters to this model
 
 
-def test_greedy_score_is_the_models_log_probability():
+def with_alibi(model: Opened) -> Opened:
+    """The same weights under another bias."""
+    config = dataclasses.replace(model.blueprint.config, position="alibi")
+    params = {name: dict(part) for name, part in model.params.items()}
+    for stack in ("encoder", "decoder"):
+        del params[stack]["relative_bias"]
+    blueprint = Blueprint(model.blueprint.model_class, config, model.blueprint.mesh)
+    return dataclasses.replace(model, blueprint=blueprint, params=params)
+
+
+@pytest.mark.parametrize("change", [lambda model: model, with_alibi])
+def test_greedy_score_is_the_models_log_probability(change):
     model, prompts = opened("t5_1_1")
+    model = change(model)
     (output,) = Generator(model, Decoding(max_tokens=MAX_TOKENS, length_penalty=0.0), batch_size=1)(prompts[:1])
     tokens = [*output[0].tokens, model.vocabulary.eos_id]
     network = model.blueprint.merge(model.params)

@@ -1,6 +1,7 @@
 """Calls of attention with a dense float64 reference that carries its own error bound."""
 
 import dataclasses
+import os
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,11 @@ from t5x_domain.kernels.relative_bias import Alibi, RelativeBias, relative_posit
 
 # Unit roundoffs of the inputs' dtype and of the one that sums are kept in.
 UNITS = {"bfloat16": (2**-9, 2**-24), "float32": (2**-24, 2**-24), "float64": (2**-53, 2**-53)}
+
+
+def examples(quick: int) -> int:
+    """Examples of a property: `make test-kernels` takes EXAMPLES times as many."""
+    return quick * int(os.environ.get("EXAMPLES", 1))
 
 
 @dataclasses.dataclass

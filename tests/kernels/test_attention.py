@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_cases import Case, check, kernel_call, leading, make, segments
+from attention_cases import Case, check, examples, kernel_call, leading, make, segments
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jaxpr_shapes import intermediate_shapes
@@ -53,7 +53,7 @@ def cases(draw):
     return case
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25), deadline=None)
 @given(case=cases(), chunk_size=st.sampled_from((1, 4, 7, 64)), dtype=st.sampled_from(("float32", "float64")))
 def test_output_and_gradients_equal_the_dense_reference(case, chunk_size, dtype):
     with jax.enable_x64(dtype == "float64"):

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_cases import Case, check, kernel_call, leading, make, segments
-from hypothesis import given, settings
+from attention_cases import Case, check, examples, kernel_call, leading, make, segments
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 from jaxpr_shapes import intermediate_shapes
@@ -60,13 +60,15 @@ def cases(draw):
             case.prefix = leading(rng, np.ones((2, queries), np.int32) if case.query_ids is None else case.query_ids)
         if draw(st.booleans()):
             case.table, case.bidirectional = rng.standard_normal((8, groups * kv_heads)), draw(st.booleans())
+        else:
+            case.alibi = draw(st.booleans())
     return case
 
 
-@settings(max_examples=6, deadline=None)
-@given(case=cases())
-def test_output_and_gradients_equal_the_dense_reference(case):
-    check(case, attend=attend())
+@settings(max_examples=examples(6), deadline=None)
+@given(case=cases(), dtype=st.sampled_from(("float32", "bfloat16")))
+def test_output_and_gradients_equal_the_dense_reference(case, dtype):
+    check(case, dtype, attend())
 
 
 def t5(queries=400, **options) -> Case:
@@ -106,10 +108,13 @@ def test_rows_without_keys_give_zeros_and_pass_no_gradient():
         assert (np.asarray(result[0, 150:]) == 0).all() and (np.asarray(result[0, :150]) != 0).all()
 
 
-def test_nothing_is_read_before_it_is_written_and_cores_do_not_race(capfd):
+@settings(max_examples=examples(1), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(case=cases())
+@example(case=t5(260, mask=Mask(window=(150, 60), global_tokens=2)))
+def test_nothing_is_read_before_it_is_written_and_cores_do_not_race(capfd, case):
     """Uninitialised memory is NaN in this interpreter, and heads run on two cores."""
     params = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2, uninitialized_memory="nan")
-    check(t5(260, mask=Mask(window=(150, 60), global_tokens=2)), attend=attend(interpret=params))
+    check(case, attend=attend(interpret=params))
     assert "RACE" not in "".join(capfd.readouterr())
 
 

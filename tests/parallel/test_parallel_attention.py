@@ -14,7 +14,7 @@ from t5x_domain.kernels.mask import BIDIRECTIONAL, CAUSAL, Mask
 from t5x_domain.parallel.attention import attention, attention_plan
 from t5x_domain.parallel.mesh import MeshShape
 from t5x_domain.parallel.sharding import use_mesh
-from tests.kernels.attention_cases import check, leading, make, segments
+from tests.kernels.attention_cases import check, examples, leading, make, segments
 
 MESHES = (
     {"data": 2, "sequence": 4},
@@ -61,7 +61,7 @@ def cases(draw):
     return case
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=examples(12), deadline=None)
 @given(case=cases(), shape=st.sampled_from(MESHES), sequence=st.sampled_from(("gather", "ring")))
 def test_output_and_gradients_equal_the_dense_reference(case, shape, sequence):
     with jax.enable_x64(True):
