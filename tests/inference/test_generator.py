@@ -106,7 +106,7 @@ def test_greedy_score_is_the_models_log_probability(change):
     model, prompts = opened("t5_1_1")
     model = change(model)
     (output,) = Generator(model, Decoding(max_tokens=MAX_TOKENS, length_penalty=0.0), batch_size=1)(prompts[:1])
-    tokens = [*output[0].tokens, model.vocabulary.eos_id]
+    tokens = [*output[0].tokens, model.vocabulary.eos_id][:MAX_TOKENS]
     network = model.blueprint.merge(model.params)
     shifted = np.array([[0, *tokens[:-1]]], np.int32)
     logits = network.logits(network(prompts[0][None], shifted))[0]
