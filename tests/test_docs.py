@@ -76,7 +76,7 @@ def test_example_of_attention_runs():
 
 def test_slices_of_the_skewed_table_are_the_bias(script):
     """What the picture of the table shows side by side is T5's bucket of every query and key, lane for lane."""
-    places = script["strips_read"]()
+    places = script["attention_figures"].strips_read()
     assert {name for name, *_ in places} == {"A1", "A2", "B1", "B2"}
     for name, _, row, first_key, _, buckets in places:
         queries, keys = row * 128 + np.arange(128), first_key + np.arange(buckets.shape[1])
