@@ -1,8 +1,9 @@
 """Attention of one or few query rows to a cache of keys and values on a TPU.
 
 Decoding is bound by reading the cache, so a step of the grid takes a block of positions of all heads, blocks that a row
-of the batch does not see are neither fetched nor computed, and the positions are split among the cores of a chip that
-has two (Dao et al. 2023, "Flash-Decoding"). What the parts found is merged outside, with the new position's own key.
+of the batch does not see are neither fetched nor computed, and where the rows of the batch do not keep all cores of a
+chip busy, they share the positions (Dao et al. 2023, "Flash-Decoding"). What the parts found is merged outside, with
+the new position's own key.
 """
 
 import functools
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from t5x_domain.kernels.device import num_cores
 from t5x_domain.kernels.tpu.blocks import LANES
 from t5x_domain.kernels.tpu.logits import LOG2E, MASKED, UNSEEN, dot
 
@@ -60,7 +62,8 @@ def attend_to_cache(
       bias: [Hk, R, S] float32, added to the scaled logits; None for none.
       scale: of the logits.
       softcap: of the logits; None for none.
-      splits: parts of the positions that are attended to independently.
+      splits: parts of the positions that are attended to independently; they take turns, a block each, so that a cache
+        of which little is in use keeps all of them busy.
       block: positions fetched at once, a multiple of 128; None for what fits.
       interpret: run by the interpreter.
     """
@@ -75,7 +78,7 @@ def attend_to_cache(
     def seen_block(b: jax.Array, part: jax.Array, step: jax.Array, start: jax.Array, stop: jax.Array) -> jax.Array:
         """The block of a step, or the nearest that the row sees, which then stands in vector memory already."""
         first, last = start[b] // block, jnp.maximum(stop[b] - 1, start[b]) // block
-        return jnp.clip(part * steps + step, first, jnp.minimum(last, (length - 1) // block))
+        return jnp.clip(step * splits + part, first, jnp.minimum(last, (length - 1) // block))
 
     cache_spec = pl.BlockSpec((None, kv_heads, block, dim), lambda *a: (a[0], 0, seen_block(*a), 0))
     row_spec = pl.BlockSpec((None, *rows.shape[1:]), lambda b, *_: (b, 0, 0, 0))
@@ -89,7 +92,7 @@ def attend_to_cache(
 
     specs, shapes = zip(part(dim), part(LANES), part(LANES), strict=True)
     out, top, total = pl.pallas_call(
-        functools.partial(_kernel, block=block, steps=steps, scale=scale, softcap=softcap),
+        functools.partial(_kernel, block=block, splits=splits, scale=scale, softcap=softcap),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(batch, splits, steps),
@@ -109,9 +112,9 @@ def attend_to_cache(
     return Part(out[..., :num_rows, :], top[..., :num_rows, 0], total[..., :num_rows, 0])
 
 
-def _kernel(start, stop, rows, keys, values, bias, out, top, total, *, block, steps, scale, softcap):
+def _kernel(start, stop, rows, keys, values, bias, out, top, total, *, block, splits, scale, softcap):
     b, part, step = (pl.program_id(axis) for axis in range(3))
-    first = (part * steps + step) * block
+    first = (step * splits + part) * block
 
     @pl.when(step == 0)
     def _():
@@ -162,6 +165,11 @@ def merged(parts: Part, own: tuple[jax.Array, jax.Array] | None) -> jax.Array:
         weight = jnp.exp2(own[0] - top[..., None])
         out, total = out + weight * own[1], total + weight[..., 0]
     return out * jnp.where(total > 0, 1.0 / jnp.where(total > 0, total, 1.0), 0.0)[..., None]
+
+
+def splits_for(batch: int) -> int:
+    """Parts of the positions: as few as let the cores of a chip share them and the rows of the batch evenly."""
+    return num_cores() // math.gcd(batch, num_cores())
 
 
 def _block(length: int, bytes_per_position: int) -> int:
