@@ -9,10 +9,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from t5x_domain.kernels.decode import KeysValues, decode_attention
+from t5x_domain.kernels.decode import KeysValues
 from t5x_domain.kernels.relative_bias import Bias, diagonals
 from t5x_domain.models.attention import Attention
 from t5x_domain.models.stack import Block, Stack
+from t5x_domain.parallel.attention import decode_attention
 
 
 class Cache(NamedTuple):
@@ -123,6 +124,7 @@ def next_position(stack: Stack, x: jax.Array, cache: Cache, memory: Memory | Non
             bias=shared if block.relative_bias is None else _bias_at(block.relative_bias(), cache),
             scale=layer.scale,
             softcap=layer.config.attention_softcap,
+            backend=layer.config.attention_backend,
         )
         x = block.self_attention.add(x, layer.output(attended))
         if memory is not None:
@@ -147,6 +149,7 @@ def _attend_to_memory(layer: Attention, x: jax.Array, memory: KeysValues, length
         stop=length,
         scale=layer.scale,
         softcap=layer.config.attention_softcap,
+        backend=layer.config.attention_backend,
     )
     return layer.output(attended.reshape(q.shape))
 

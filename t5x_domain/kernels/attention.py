@@ -47,7 +47,7 @@ def attention(
       prefix: [B, Sk], 1 on tokens seen by their whole segment although `mask` is causal.
       scale: factor of the logits; T5 uses 1.
       softcap: logits become `softcap * tanh(logits / softcap)` (Gemma 2, section 2).
-      backend: see `kernel_for`.
+      backend: see `backend_for`.
 
     Returns:
       [B, Sq, H, D] in q's dtype. Queries that see no key give zeros.
@@ -100,8 +100,7 @@ def kernel_for(
     """What computes attention for arrays of these shapes.
 
     Args:
-      backend: "xla" runs anywhere; "tpu" is for TPUs, "tpu_interpreted" the same on any device, slowly; "auto" takes
-        the one that is made for the device and says once which.
+      backend: see `backend_for`.
       q: [B, Sq, H, D].
       k: [B, Sk, Hk, D].
       bias: None for none.
@@ -113,21 +112,39 @@ def kernel_for(
       UserError: the backend cannot do what is asked for.
     """
     options = {"scale": scale, "softcap": softcap, "exact": exact}
-    if backend == "auto":
-        backend = _of_device(platform(), q.dtype, q.shape[3])
+    backend = backend_for(backend, q.dtype, q.shape[3])
     if backend == "xla":
         return XlaAttention(**options)
+    interpret = backend == "tpu_interpreted"
+    return TpuAttention.of(q.shape[1], k.shape[1], q.shape[3], bias, interpret=interpret, **options)
+
+
+def backend_for(backend: Backend, dtype: jnp.dtype, head_dim: int) -> Backend:
+    """The backend that is asked for, "auto" decided.
+
+    Args:
+      backend: "xla" runs anywhere; "tpu" is for TPUs, "tpu_interpreted" the same on any device, slowly; "auto" takes
+        the one that is made for the device and says once which.
+      dtype: of queries, keys and values.
+      head_dim: their last axis.
+
+    Raises:
+      UserError: the backend is unknown, or cannot do it here.
+    """
+    if backend == "auto":
+        return _of_device(platform(), dtype, head_dim)
+    if backend == "xla":
+        return backend
     if backend not in BACKENDS:
         raise UserError(f'attention: backend="{backend}" is not known; take one of {", ".join(BACKENDS)}.')
-    if (reason := _not_for_tpu(q.dtype, q.shape[3])) is not None:
+    if (reason := _not_for_tpu(dtype, head_dim)) is not None:
         raise UserError(f'attention: backend="{backend}" {reason}; take backend="xla".')
     if backend == "tpu" and platform() != "tpu":
         raise UserError(
             f'attention: backend="tpu" needs a TPU, but the device is a {platform()}; take "xla", or '
             '"tpu_interpreted" to run the kernel slowly.'
         )
-    interpret = backend == "tpu_interpreted"
-    return TpuAttention.of(q.shape[1], k.shape[1], q.shape[3], bias, interpret=interpret, **options)
+    return backend
 
 
 @functools.cache

@@ -54,7 +54,7 @@ class ModelConfig:
       scan_layers: compile one pattern of layers and loop over it, so that depth costs no compile time.
       remat: what the backward pass recomputes: "none", "minimal" (all but matrix products without a batch dimension),
         "full" (all).
-      attention_backend: see `kernels.attention.kernel_for`.
+      attention_backend: see `kernels.attention.backend_for`.
       sequence_attention: how keys on other devices are reached, "gather" or "ring", see `parallel.attention`.
     """
 

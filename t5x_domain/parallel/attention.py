@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
+from t5x_domain.kernels import decode
 from t5x_domain.kernels.attention import Backend, check_shapes, kernel_for, visible_keys
 from t5x_domain.kernels.attention_kernel import EMPTY, AttentionKernel, Place, attend
 from t5x_domain.kernels.mask import KeyIntervals, Mask, SegmentIds
@@ -68,7 +69,7 @@ def attention_plan(
 
     if layout.mesh is None:
         return Plan(intervals, find(intervals))
-    return Plan(intervals, layout.shard(find, (layout.by_row(intervals),), layout.found(intervals))(intervals))
+    return Plan(intervals, _sharded(layout.mesh, find, (layout.by_row(intervals),), layout.found(intervals))(intervals))
 
 
 def attention(
@@ -90,7 +91,7 @@ def attention(
 
     Args:
       plan: of `attention_plan` for these shapes, this backend and this `sequence`.
-      backend: see `kernels.attention.kernel_for`.
+      backend: see `kernels.attention.backend_for`.
       sequence: how keys on other devices are reached: "gather" or "ring".
     """
     check_shapes(q, k, v, relative_bias)
@@ -117,7 +118,35 @@ def attention(
     keys = PartitionSpec(layout.batch, layout.key, layout.heads, None)
     bias = jax.tree.map(lambda a: PartitionSpec(*[None] * (a.ndim - 1), layout.heads), relative_bias)
     plans = Plan(layout.by_row(plan.intervals), jax.tree.map(lambda _: layout.found(plan.intervals), plan.maps))
-    return layout.shard(compute, (queries, keys, keys, bias, plans), queries)(q, k, v, relative_bias, plan)
+    return _sharded(layout.mesh, compute, (queries, keys, keys, bias, plans), queries)(q, k, v, relative_bias, plan)
+
+
+def decode_attention(
+    q: jax.Array,
+    past: decode.KeysValues,
+    new: decode.KeysValues | None,
+    *,
+    start: jax.Array,
+    stop: jax.Array,
+    bias: jax.Array | None = None,
+    **options: Any,
+) -> jax.Array:
+    """`kernels.decode.decode_attention` of arrays on the current mesh.
+
+    Rows of the batch and key heads lie on their devices; what the mesh does not divide is computed on all of them. So
+    is a cache on several parts of the axis "sequence": its length is not cut.
+    """
+
+    def compute(q, past, new, start, stop, bias):
+        return decode.decode_attention(q, past, new, start=start, stop=stop, bias=bias, **options)
+
+    mesh, arrays = current_mesh(), (q, past, new, start, stop, bias)
+    if mesh is None:
+        return compute(*arrays)
+    batch, heads = spec(mesh, past.keys.shape[:2], ("batch", "kv_heads"))
+    queries, cache, row = PartitionSpec(batch, None, heads), PartitionSpec(batch, heads), PartitionSpec(batch)
+    in_specs = queries, cache, cache, row, row if stop.ndim else PartitionSpec(), PartitionSpec(heads)
+    return _sharded(mesh, compute, in_specs, queries)(*arrays)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,10 +211,11 @@ class _Layout:
         same = intervals is None or len(intervals.start) == 1
         return PartitionSpec(None if same else self.batch, self.query)
 
-    def shard(self, function: Any, in_specs: Any, out_specs: Any) -> Any:
-        """The function of one device's parts, over all."""
-        # Replication is by construction; the check knows no Pallas kernels.
-        return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+def _sharded(mesh: Mesh, function: Any, in_specs: Any, out_specs: Any) -> Any:
+    """The function of one device's parts, over all."""
+    # Replication is by construction; the check knows no Pallas kernels.
+    return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

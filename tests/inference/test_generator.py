@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from types import SimpleNamespace
 
 import jax
@@ -64,6 +65,21 @@ def test_beam_search_equals_transformers(name, number):
         # Every token adds the rounding of its logits; a score is their sum over a power of their number, at least 1.
         bound = MAX_TOKENS * rounding_bound(model.blueprint.config, 10.0)
         np.testing.assert_allclose([o.score for o in output], scores, rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize(("name", "shape"), [("t5_1_1", {"data": 2, "tensor": 2}), ("gemma3", {"data": 1})])
+def test_the_tpus_kernels_write_the_same(name, shape):
+    """Beams of an input, which share its memory, over a mesh; and a window."""
+    model, prompts = opened(name)
+    config = dataclasses.replace(model.blueprint.config, attention_backend="tpu_interpreted")
+    mesh = MeshShape(**shape).build(jax.devices()[: math.prod(shape.values())])
+    model = dataclasses.replace(model, blueprint=Blueprint(model.blueprint.model_class, config, mesh))
+    case = EXPECTED["cases"][name]
+    wanted, beams = (case["beams"][2]["tokens"], 2) if name == "t5_1_1" else ([[row] for row in case["greedy"]], 1)
+    decoding = Decoding(max_tokens=MAX_TOKENS, num_beams=beams, num_outputs=beams, length_penalty=2.0)
+    outputs = Generator(model, decoding, batch_size=4)(prompts)
+    for output, tokens in zip(outputs, wanted, strict=True):
+        assert [list(o.tokens) for o in output] == [until_end(row, case["eos_id"]) for row in tokens]
 
 
 @pytest.mark.parametrize("name", ["t5_1_1", "gemma3"])

@@ -76,6 +76,16 @@ def test_a_row_that_sees_nothing_is_zero_and_what_lies_behind_the_cache_does_not
     assert not np.asarray(merged(parts, None)).any()
 
 
+def test_parts_take_turns():
+    """Of four blocks the first two are in use, one for each part."""
+    ones = jnp.ones((1, 1, 512, DIM), jnp.float32)
+    parts = attend_to_cache(
+        ones[:, :, :1], ones, ones, jnp.array([0]), jnp.array([256]), None,
+        scale=1.0, softcap=None, splits=2, block=128, interpret=True,
+    )  # fmt: skip
+    np.testing.assert_array_equal(parts.total, np.full((1, 2, 1, 1), 128))
+
+
 @pytest.mark.parametrize("splits", [1, 2])
 def test_blocks_that_no_row_sees_are_not_fetched(splits):
     """NaN in them would show."""

@@ -1,8 +1,9 @@
 """Attention of one or few query rows to a cache of keys and values on a TPU.
 
 Decoding is bound by reading the cache, so a step of the grid takes a block of positions of all heads, blocks that a row
-of the batch does not see are neither fetched nor computed, and the positions are split among the cores of a chip that
-has two (Dao et al. 2023, "Flash-Decoding"). What the parts found is merged outside, with the new position's own key.
+of the batch does not see are neither fetched nor computed, and where the rows of the batch do not keep all cores of a
+chip busy, they share the positions (Dao et al. 2023, "Flash-Decoding"). What the parts found is merged outside, with
+the new position's own key.
 """
 
 import functools
@@ -14,11 +15,12 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from t5x_domain.kernels.device import num_cores
 from t5x_domain.kernels.tpu.blocks import LANES
 from t5x_domain.kernels.tpu.logits import LOG2E, MASKED, UNSEEN, dot
 
 _SUBLANES = 8
-_BLOCK_BYTES = 2**21  # of keys; with values and two buffers each, four times this lies in vector memory
+_VMEM = 2**23  # bytes for what a block takes of vector memory, half of what every chip has
 
 
 class Part(NamedTuple):
@@ -60,24 +62,30 @@ def attend_to_cache(
       bias: [Hk, R, S] float32, added to the scaled logits; None for none.
       scale: of the logits.
       softcap: of the logits; None for none.
-      splits: parts of the positions that are attended to independently.
+      splits: parts of the positions that are attended to independently; they take turns, a block each, so that a cache
+        of which little is in use keeps all of them busy.
       block: positions fetched at once, a multiple of 128; None for what fits.
       interpret: run by the interpreter.
     """
     batch, kv_heads, num_rows, dim = rows.shape
     length = keys.shape[2]
-    block = block or _block(length, kv_heads * max(dim, LANES) * keys.dtype.itemsize)
-    steps = math.ceil(math.ceil(length / block) / splits)
     padding = -num_rows % _SUBLANES
     rows = jnp.pad(rows, ((0, 0), (0, 0), (0, padding), (0, 0)))
     bias = None if bias is None else jnp.pad(bias, ((0, 0), (0, padding), (0, 0)))
+    if block is None:
+        bias_rows = 0 if bias is None else kv_heads * rows.shape[2]
+        block = _block(length, kv_heads * dim * keys.dtype.itemsize, bias_rows, rows.shape[2])
+    steps = math.ceil(math.ceil(length / block) / splits)
 
     def seen_block(b: jax.Array, part: jax.Array, step: jax.Array, start: jax.Array, stop: jax.Array) -> jax.Array:
         """The block of a step, or the nearest that the row sees, which then stands in vector memory already."""
         first, last = start[b] // block, jnp.maximum(stop[b] - 1, start[b]) // block
-        return jnp.clip(part * steps + step, first, jnp.minimum(last, (length - 1) // block))
+        return jnp.clip(step * splits + part, first, jnp.minimum(last, (length - 1) // block))
 
-    cache_spec = pl.BlockSpec((None, kv_heads, block, dim), lambda *a: (a[0], 0, seen_block(*a), 0))
+    # The positions come last, as the lanes of vector registers: heads of 64 would fill half of them. Where the cache is
+    # carried by a loop, the compiler keeps it so, and nothing is moved here.
+    keys, values = jnp.swapaxes(keys, 2, 3), jnp.swapaxes(values, 2, 3)
+    cache_spec = pl.BlockSpec((None, kv_heads, dim, block), lambda *a: (a[0], 0, 0, seen_block(*a)))
     row_spec = pl.BlockSpec((None, *rows.shape[1:]), lambda b, *_: (b, 0, 0, 0))
     bias_spec = None if bias is None else pl.BlockSpec((*bias.shape[:2], block), lambda *a: (0, 0, seen_block(*a)))
 
@@ -89,7 +97,7 @@ def attend_to_cache(
 
     specs, shapes = zip(part(dim), part(LANES), part(LANES), strict=True)
     out, top, total = pl.pallas_call(
-        functools.partial(_kernel, block=block, steps=steps, scale=scale, softcap=softcap),
+        functools.partial(_kernel, block=block, splits=splits, scale=scale, softcap=softcap),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(batch, splits, steps),
@@ -109,9 +117,9 @@ def attend_to_cache(
     return Part(out[..., :num_rows, :], top[..., :num_rows, 0], total[..., :num_rows, 0])
 
 
-def _kernel(start, stop, rows, keys, values, bias, out, top, total, *, block, steps, scale, softcap):
+def _kernel(start, stop, rows, keys, values, bias, out, top, total, *, block, splits, scale, softcap):
     b, part, step = (pl.program_id(axis) for axis in range(3))
-    first = (part * steps + step) * block
+    first = (step * splits + part) * block
 
     @pl.when(step == 0)
     def _():
@@ -123,9 +131,8 @@ def _kernel(start, stop, rows, keys, values, bias, out, top, total, *, block, st
     def _():
         column = first + jax.lax.broadcasted_iota(jnp.int32, (1, block), 1)
         seen = (column >= start[b]) & (column < stop[b])
-        position = first + jax.lax.broadcasted_iota(jnp.int32, (block, 1), 0)
         for head in range(keys.shape[0]):
-            logits = dot(rows[head], keys[head], 1, 1) * scale
+            logits = dot(rows[head], keys[head], 1, 0) * scale
             if bias is not None:
                 logits += bias[head]
             if softcap is not None:
@@ -136,9 +143,9 @@ def _kernel(start, stop, rows, keys, values, bias, out, top, total, *, block, st
             weights = jnp.exp2(logits - now[:, :1])
             shrink = jnp.exp2(before - now)
             # Where nothing was written anything may lie in memory, and 0 times NaN is NaN.
-            value = jnp.where((position >= start[b]) & (position < stop[b]), values[head], 0)
+            value = jnp.where(seen, values[head], 0)
             total[head] = shrink * total[head] + weights.sum(axis=1, keepdims=True)
-            out[head] = shrink[:, :1] * out[head] + dot(weights.astype(value.dtype), value, 1, 0)
+            out[head] = shrink[:, :1] * out[head] + dot(weights.astype(value.dtype), value, 1, 1)
             top[head] = now
 
 
@@ -164,8 +171,18 @@ def merged(parts: Part, own: tuple[jax.Array, jax.Array] | None) -> jax.Array:
     return out * jnp.where(total > 0, 1.0 / jnp.where(total > 0, total, 1.0), 0.0)[..., None]
 
 
-def _block(length: int, bytes_per_position: int) -> int:
-    """Positions of a block: as many as fit, no more than there are, in equal parts."""
-    largest = max(LANES, _BLOCK_BYTES // bytes_per_position // LANES * LANES)
+def splits_for(batch: int) -> int:
+    """Parts of the positions: as few as let the cores of a chip share them and the rows of the batch evenly."""
+    return num_cores() // math.gcd(batch, num_cores())
+
+
+def _block(length: int, key_bytes: int, bias_rows: int, rows: int) -> int:
+    """Positions of a block: as many as fit, no more than there are, in equal parts.
+
+    A position takes the bytes of its keys and values and its column of the bias, two buffers each, and some four
+    float32 for each of a key head's rows while these are computed.
+    """
+    taken = 2 * (2 * key_bytes + 4 * bias_rows) + 16 * rows
+    largest = max(LANES, _VMEM // taken // LANES * LANES)
     parts = math.ceil(length / largest)
     return math.ceil(length / parts / LANES) * LANES
