@@ -5,6 +5,7 @@ Only the standard library is imported here, so that `--help` and flag errors ans
 
 import argparse
 import importlib
+import logging
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -61,6 +62,14 @@ def parse(
     return arguments.parse_args([a for a in argv if not a.startswith("--gin.")]), bindings
 
 
+def show_messages() -> None:
+    """What the library's own loggers say goes to stderr, a line each."""
+    logger = logging.getLogger("t5x_domain")
+    logger.setLevel(logging.INFO)
+    if not logger.handlers:
+        logger.addHandler(logging.StreamHandler())
+
+
 def quiet_libraries() -> None:
     """Keeps back what Orbax logs: its warnings are of no concern to a user, its errors are raised as well."""
     import absl.logging
@@ -74,8 +83,6 @@ def load_gin(files: Sequence[str], bindings: Sequence[str], search_paths: Sequen
     Raises:
       UserError: a file is not found, does not parse, or names something that does not exist.
     """
-    import logging
-
     import gin
 
     from t5x_domain import configurables  # noqa: F401  so that every name a gin file may use is known
@@ -126,6 +133,7 @@ def _first_line(error: Exception) -> str:
 
 def run(verb: str, body: Callable[[], int | None]) -> None:
     """Calls `body` and turns a `UserError` into one line on stderr and exit status 2."""
+    show_messages()
     try:
         status = body()
     except UserError as error:

@@ -113,7 +113,7 @@ class Source(abc.ABC):
                     found = True
                     yield record
         if skipped:
-            logging.warning("%s, split '%s': skipped %s", type(self).__name__, split, dict(skipped))
+            logging.getLogger(__name__).warning("%s, split '%s': skipped %s", type(self).__name__, split, dict(skipped))
         if not found:
             raise no_documents(self, split)
 

@@ -19,6 +19,7 @@ from t5x_domain.kernels.mask import KeyIntervals, Mask, SegmentIds, key_interval
 from t5x_domain.kernels.relative_bias import Bias
 
 Backend = Literal["auto", "xla", "tpu", "tpu_interpreted"]
+_logger = logging.getLogger(__name__)
 BACKENDS = ("auto", "xla", "tpu", "tpu_interpreted")
 
 
@@ -152,7 +153,7 @@ def _of_device(platform: str, dtype: jnp.dtype, head_dim: int) -> Backend:
     """The backend for a device, said once."""
     reason = _not_for_tpu(dtype, head_dim) if platform == "tpu" else f"the device is a {platform}"
     backend = "xla" if reason else "tpu"
-    logging.info("attention: backend %s, because %s", backend, reason or "the device is a TPU")
+    _logger.info("attention: backend %s, because %s", backend, reason or "the device is a TPU")
     return backend
 
 

@@ -143,3 +143,11 @@ def test_shapes_that_do_not_fit_are_refused():
     for bias in (RelativeBias(jnp.zeros((8, 2)), True), Alibi.of(2)):
         with pytest.raises(ValueError, match="not for 3 heads"):
             attention(x, x, x, mask=CAUSAL, relative_bias=bias)
+
+
+def test_auto_says_once_what_it_takes_and_why(caplog):
+    x = jnp.zeros((1, 4, 2, 6), jnp.float16)  # no other test asks for these
+    with caplog.at_level("INFO", "t5x_domain"):
+        for _ in range(2):
+            attention(x, x, x, mask=CAUSAL)
+    assert [record.getMessage() for record in caplog.records] == ["attention: backend xla, because the device is a cpu"]
