@@ -64,10 +64,8 @@ def parse(
 
 def show_messages() -> None:
     """What the library's own loggers say goes to stderr, a line each."""
-    logger = logging.getLogger("t5x_domain")
-    logger.setLevel(logging.INFO)
-    if not logger.handlers:
-        logger.addHandler(logging.StreamHandler())
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("t5x_domain").setLevel(logging.INFO)
 
 
 def quiet_libraries() -> None:
