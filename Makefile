@@ -51,7 +51,7 @@ aot: $(TPU_VENV)/.ready
 $(TPU_VENV)/.ready: setup.py constraints.txt
 	$(PYTHON) -m venv $(TPU_VENV)
 	@echo "installing jax[tpu], tokamax and t5x_domain into $(TPU_VENV) ..."
-	$(TPU_VENV)/bin/pip install --quiet --disable-pip-version-check "jax[tpu]==0.11.2" libtpu==0.0.48.1 tokamax==0.0.17 -e .
+	PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt $(TPU_VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt "jax[tpu]==0.11.2" libtpu==0.0.48.1 tokamax==0.0.17 -e .
 	@touch $@
 
 # An hour or so; docs/studies/ holds what they write. case_study.py and synonyms.py want corpora and a model, see there.

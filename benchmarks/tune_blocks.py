@@ -7,9 +7,9 @@
 Needs libtpu (`pip install "jax[tpu]==0.11.2"`); but for --time no TPU. What counts is a bidirectional and a causal pass
 over 4096 tokens with T5's bias: how many pairs of blocks lie near the diagonal and how many far from it, times the
 bundles of these branches. So larger blocks, which cost less a logit, pay for what a causal mask makes them compute in
-vain. Of the candidates those are taken that cost least among those whose whole kernel, that for packed segments, with
-all branches, finds room in the chip's vector memory. Shorter sequences cut the blocks down (`Blocks.fit`), hence no
-rows by length.
+vain. Taken are the cheapest with which also the largest kernel, float32 with masks of all kinds and so with all
+branches, finds room in the chip's vector memory. Shorter sequences cut the blocks down (`Blocks.fit`), hence no rows by
+length.
 """
 
 import argparse
@@ -39,8 +39,12 @@ TIMED_RUNS = 20
 TABLE = Path(__file__).parent.parent / "t5x_domain/kernels/tpu/block_table.py"
 
 
-def one_pass(kind, head_dim, blocks, direction, packed):
-    """The kernel of a direction with these blocks, and the shapes of its arguments."""
+def one_pass(kind, head_dim, blocks, direction, largest):
+    """The kernel of a direction with these blocks, and the shapes of its arguments.
+
+    `largest` is the kernel that takes most memory: float32, and with a bias also a window, global tokens and segments.
+    Otherwise it is bfloat16 and without a mask.
+    """
     import dataclasses
 
     import jax
@@ -48,7 +52,7 @@ def one_pass(kind, head_dim, blocks, direction, packed):
 
     from t5x_domain.kernels.attention_kernel import Place
     from t5x_domain.kernels.attention_tpu import TpuAttention
-    from t5x_domain.kernels.mask import BIDIRECTIONAL, SegmentIds, key_intervals
+    from t5x_domain.kernels.mask import Mask, SegmentIds, key_intervals
     from t5x_domain.kernels.relative_bias import RelativeBias
     from t5x_domain.kernels.tpu.blocks import Blocks, chip
 
@@ -57,14 +61,14 @@ def one_pass(kind, head_dim, blocks, direction, packed):
 
     def run(table, ids, q, k, v, *of_output):
         bias = RelativeBias(table, bidirectional=True)
-        segments = SegmentIds(ids, ids) if packed else None
-        intervals = key_intervals(BIDIRECTIONAL, LENGTH, LENGTH, segment_ids=segments) if packed else None
+        mask, segments = Mask(window=(512, 512), global_tokens=64), SegmentIds(ids, ids)
+        intervals = key_intervals(mask, LENGTH, LENGTH, segment_ids=segments) if largest else None
         kernel = TpuAttention.of(LENGTH, LENGTH, head_dim, bias, target=target)
         place = Place(intervals, kernel.maps(intervals, jnp.int32(0)), jnp.int32(0))
         return getattr(kernel, direction)(q, k, v, bias, place, *of_output)
 
     table, ids = jax.ShapeDtypeStruct((32, HEADS), "float32"), jax.ShapeDtypeStruct((1, LENGTH), "int32")
-    heads = jax.ShapeDtypeStruct((1, LENGTH, HEADS, head_dim), "bfloat16")
+    heads = jax.ShapeDtypeStruct((1, LENGTH, HEADS, head_dim), "float32" if largest else "bfloat16")
     lse = jax.ShapeDtypeStruct((1, HEADS, LENGTH), "float32")
     return run, [table, ids, heads, heads, heads, *([heads, lse, heads] if direction == "backward" else [])]
 
@@ -78,9 +82,9 @@ def compiled_pass(devices, **arguments):
     return function, [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place) for a in shapes]
 
 
-def case(chip, head_dim, direction, blocks, *, packed):
+def case(chip, head_dim, direction, blocks, *, largest):
     """For `tpu_common.compile_all`."""
-    arguments = {"head_dim": head_dim, "blocks": blocks, "direction": direction, "packed": packed}
+    arguments = {"head_dim": head_dim, "blocks": blocks, "direction": direction, "largest": largest}
     return {"chip": chip, "builder": "tune_blocks:compiled_pass", "arguments": arguments}
 
 
@@ -109,7 +113,7 @@ def count_bundles(keys, candidates):
     """{(chip, head_dim, direction): {blocks: bundles of a pass}} of the candidates that compile."""
     asked = [(key, blocks) for key in keys for blocks in candidates]
     found = {key: {} for key in keys}
-    reports = compile_all([case(*key, blocks, packed=False) for key, blocks in asked], bundles=True)
+    reports = compile_all([case(*key, blocks, largest=False) for key, blocks in asked], bundles=True)
     for (key, blocks), report in zip(asked, reports, strict=True):
         if "error" not in report:
             (cost,) = report["kernels"].values()
@@ -120,7 +124,7 @@ def count_bundles(keys, candidates):
 
 
 def take_times(head_dims, candidates):
-    """As `count_bundles`, of the TPU at hand: seconds of a pass over four packed segments."""
+    """As `count_bundles`, of the TPU at hand: seconds of a bidirectional pass."""
     import jax
 
     kind = jax.devices()[0].device_kind
@@ -129,7 +133,7 @@ def take_times(head_dims, candidates):
     for key, costs in found.items():
         for blocks in candidates:
             try:
-                costs[blocks] = _seconds(*one_pass(kind, key[1], blocks, key[2], packed=True))
+                costs[blocks] = _seconds(*one_pass(kind, key[1], blocks, key[2], largest=False))
             except jax.errors.JaxRuntimeError as error:
                 print(*key, blocks, "left out:", str(error)[-300:], flush=True)
     return found
@@ -140,23 +144,24 @@ def _seconds(function, shapes):
     import jax
     import jax.numpy as jnp
 
-    table, ids, *arrays = (jnp.ones(a.shape, a.dtype) for a in shapes)
-    ids += jnp.arange(LENGTH) * 4 // LENGTH
+    arrays = [jnp.ones(a.shape, a.dtype) for a in shapes]
     run = jax.jit(function)
-    jax.block_until_ready(run(table, ids, *arrays))
+    jax.block_until_ready(run(*arrays))
     began = time.perf_counter()
     for _ in range(TIMED_RUNS):
-        result = run(table, ids, *arrays)
+        result = run(*arrays)
     jax.block_until_ready(result)
     return (time.perf_counter() - began) / TIMED_RUNS
 
 
 def cheapest_that_fit(found):
-    """{(chip, head_dim, direction): blocks} that cost least and compile with all branches."""
+    """{(chip, head_dim, direction): blocks}, the cheapest with which the largest kernel compiles."""
     rankings = {key: sorted(costs, key=costs.get) for key, costs in found.items()}
     chosen = {}
     while open_keys := [key for key in rankings if key not in chosen]:
-        reports = compile_all([case(*key, rankings[key][0], packed=True) for key in open_keys])
+        if not all(rankings[key] for key in open_keys):
+            raise SystemExit(f"no candidate fits for one of {open_keys}")
+        reports = compile_all([case(*key, rankings[key][0], largest=True) for key in open_keys])
         for key, report in zip(open_keys, reports, strict=True):
             blocks = rankings[key].pop(0)
             if "error" not in report:
@@ -191,11 +196,10 @@ def main():
     candidates = [tuple(blocks) for blocks in flags.candidates]
     if flags.time:
         unit, found = "seconds", take_times(flags.head_dims, candidates)
-        chosen = {key: min(costs, key=costs.get) for key, costs in found.items()}
     else:
         keys = [(c, head_dim, d) for c in flags.chips for head_dim in flags.head_dims for d in DIRECTIONS]
         unit, found = "bundles", count_bundles(keys, candidates)
-        chosen = cheapest_that_fit(found)
+    chosen = cheapest_that_fit(found)
     rows, written = known_rows(), json.loads(flags.output.read_text()) if flags.output.exists() else {}
     for (chip, head_dim, direction), costs in found.items():
         for alike in HEAD_DIMS[head_dim]:

@@ -7,9 +7,9 @@ from t5x_domain.kernels.device import device_kind
 from t5x_domain.kernels.tpu.block_table import BACKWARD, FORWARD
 
 LANES = 128  # of a vector register; lengths are padded to it
-# Bytes of scalar memory for the block map. Found by compiling for v4, v5e, v5p, v6e and tpu7x: each has 1 MiB, and takes
-# both kernels with a bias, segments and global tokens when the map has 1008 KiB, but none when it has 1025 KiB. What is
-# left is for scalars that the compiler puts there itself.
+# Bytes of scalar memory for the block map. Found by compiling for v4, v5e, v5p, v6e and tpu7x: each has 1 MiB, and both
+# kernels, with a bias, segments and global tokens, take a map of 1008 KiB, but none takes one of 1025 KiB. What is left
+# is for scalars that the compiler puts there itself.
 SMEM = 992 * 1024
 
 
