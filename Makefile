@@ -5,11 +5,12 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 HF_BASE ?= python3.11
 HF_VENV ?= .venv-hf
+TPU_VENV := .venv-tpu
 # Huge pages for what XLA allocates: without them a tenth to a fifth of training on a CPU goes into page faults.
 # Known to glibc 2.35 and newer on Linux; nothing else takes notice.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: demo test test-kernels test-hf lint clean setup bench studies
+.PHONY: demo test test-kernels test-hf lint clean setup bench studies aot
 
 demo: setup
 	$(BIN)/python -m t5x_domain.demo
@@ -43,6 +44,20 @@ bench: setup $(if $(FLAN_T5_SMALL),$(HF_VENV)/.ready)
 	$(BIN)/python benchmarks/objectives.py
 	$(BIN)/python benchmarks/train_step.py
 	$(if $(FLAN_T5_SMALL),$(BIN)/python benchmarks/decode.py --model $(FLAN_T5_SMALL) --torch_python $(HF_VENV)/bin/python)
+
+# What can be shown of TPUs without one: libtpu compiles for them on any machine. Attention's cost in instruction bundles
+# against tokamax's, its programs for each chip, and whole train steps. Fails where a limit is passed. A quarter of an
+# hour on two cores that nothing else uses, half of it the train steps.
+aot: $(TPU_VENV)/.ready
+	$(TPU_VENV)/bin/python benchmarks/tpu_static_cost.py --peer
+	$(TPU_VENV)/bin/python benchmarks/tpu_aot.py --lengths 512 8192 --head_dims 128
+	$(TPU_VENV)/bin/python benchmarks/tpu_aot.py --models
+
+$(TPU_VENV)/.ready: setup.py constraints.txt
+	$(PYTHON) -m venv $(TPU_VENV)
+	@echo "installing jax[tpu], tokamax and t5x_domain into $(TPU_VENV) ..."
+	PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt $(TPU_VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt "jax[tpu]==0.11.2" libtpu==0.0.48.1 tokamax==0.0.17 -e .
+	@touch $@
 
 # An hour or so; docs/studies/ holds what they write. case_study.py and synonyms.py want corpora and a model, see there.
 studies: setup

@@ -34,21 +34,23 @@ class Chip:
       topology: the smallest slice that libtpu describes.
       options: further arguments of `get_topology_desc`.
       vmem: bytes of vector memory of a TensorCore.
+      hbm: bytes of main memory of a device (tpu7x: half a chip).
     """
 
     kind: str
     topology: str
     options: dict
     vmem: int
+    hbm: int
 
 
 _MEGACORE = {"chip_config_name": "megacore"}
 CHIPS = {
-    "v4": Chip("TPU v4", "v4:2x2x1", _MEGACORE, 16 << 20),
-    "v5e": Chip("TPU v5 lite", "v5e:2x2", {}, 128 << 20),
-    "v5p": Chip("TPU v5", "v5p:2x2x1", _MEGACORE, 64 << 20),
-    "v6e": Chip("TPU v6 lite", "v6e:2x2", {}, 128 << 20),
-    "tpu7x": Chip("TPU7x", "tpu7x:2x2x1", {}, 64 << 20),
+    "v4": Chip("TPU v4", "v4:2x2x1", _MEGACORE, 16 << 20, 32 << 30),
+    "v5e": Chip("TPU v5 lite", "v5e:2x2", {}, 128 << 20, 16 << 30),
+    "v5p": Chip("TPU v5", "v5p:2x2x1", _MEGACORE, 64 << 20, 95 << 30),
+    "v6e": Chip("TPU v6 lite", "v6e:2x2", {}, 128 << 20, 32 << 30),
+    "tpu7x": Chip("TPU7x", "tpu7x:2x2x1", {}, 64 << 20, 96 << 30),
 }
 
 
@@ -308,7 +310,8 @@ def _pieces(bundles):
             to = next((label for label in labels if label >= starts.get(target, len(bundles))), len(bundles))
             if to <= i:
                 trips = re.search(r", (\d+) /\* loop exit test", "\n".join(bundles[max(to, i - 40) : i + 1]))
-                kernel.add(Piece(to, i + 1 + _DELAY_SLOTS, int(trips[1]) if trips else None, is_loop=True))
+                stop = min(i + 1 + _DELAY_SLOTS, next((label for label in labels if label > i), len(bundles)))
+                kernel.add(Piece(to, stop, int(trips[1]) if trips else None, is_loop=True))
             elif to > i + 1 + _DELAY_SLOTS:
                 kernel.add(Piece(i + 1 + _DELAY_SLOTS, to))
     return kernel
