@@ -303,7 +303,14 @@ def compiled_table():
             cells_.append(" / ".join(f"{p['temporary_bytes'] / 1e6:.1f}" if p else "–" for p in sizes))
         lines.append(f"| {name} | {' | '.join(cells_)} |")
     square = sum(bool(p["quadratic_buffers"]) for p in programs.values())
-    return [*lines, "", f"{len(programs)} programs; arrays of queries times keys are in {square or 'none'} of them."]
+    lines += ["", f"{len(programs)} programs; arrays of queries times keys are in {square or 'none'} of them.", ""]
+    lines += ["| train step | slice | mesh | keys | rows | GB a device |", "|---|---|---|---|---:|---:|"]
+    for name, p in found["models"].items():
+        mesh = ", ".join(f"{axis} {size}" for axis, size in p["arguments"]["mesh"].items())
+        keys = p["arguments"]["changes"].get("sequence_attention", "all at hand")
+        cells_ = [name.partition(" on ")[0], p["topology"], mesh, keys, p["arguments"]["batch_size"]]
+        lines.append(f"| {' | '.join(map(str, cells_))} | {p['device_bytes'] / 1e9:.1f} |")
+    return lines
 
 
 def block_table():
