@@ -6,6 +6,7 @@ import itertools
 import json
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from drawing import (
@@ -49,10 +50,11 @@ def masks():
         ("Bidirectional", "every query sees every key", Mask(), None, None),
     ]
     side = TOKENS // BLOCK.queries
+    like = jax.ShapeDtypeStruct((1, TOKENS, 1, 64), jnp.float32)
     for title, note, mask, ids, prefix in kinds:
         pairs = None if ids is None else SegmentIds(jnp.asarray(ids), jnp.asarray(ids))
         prefix = None if prefix is None else jnp.asarray(prefix)
-        intervals = visible_keys(mask, TOKENS, TOKENS, segment_ids=pairs, prefix=prefix)
+        intervals = visible_keys(mask, like, like, segment_ids=pairs, prefix=prefix)
         built = block_map(intervals, side, side, BLOCK, far=Far(*saturation(T5_BIAS[not mask.causal])))
         row, column, flags = read(np.asarray(built.entries), slice(int(built.steps)))
         found = np.zeros((side, side), np.int32)

@@ -54,11 +54,11 @@ def attention(
       [B, Sq, H, D] in q's dtype. Queries that see no key give zeros.
 
     Raises:
-      ValueError: shapes do not fit together.
+      ValueError: shapes or dtypes do not fit together.
       UserError: the backend cannot do what is asked for.
     """
     check_shapes(q, k, v, relative_bias)
-    intervals = visible_keys(mask, q.shape[1], k.shape[1], segment_ids=segment_ids, prefix=prefix)
+    intervals = visible_keys(mask, q, k, segment_ids=segment_ids, prefix=prefix)
     kernel = kernel_for(backend, q, k, relative_bias, scale=scale, softcap=softcap)
     shift = jnp.int32(0)
     return attend(kernel, q, k, v, relative_bias, Place(intervals, kernel.maps(intervals, shift), shift))
@@ -67,8 +67,11 @@ def attention(
 def check_shapes(q: jax.Array, k: jax.Array, v: jax.Array, bias: Bias | None) -> None:
     """Raises ValueError if they do not fit together."""
     heads, kv_heads = q.shape[2], k.shape[2]
-    if heads % kv_heads or k.shape != v.shape:
-        raise ValueError(f"attention: {heads} query heads, keys {k.shape} and values {v.shape} do not fit together")
+    same = q.shape[0] == k.shape[0] and q.shape[3] == k.shape[3] and k.shape == v.shape
+    if heads % kv_heads or not same:
+        raise ValueError(f"attention: queries {q.shape}, keys {k.shape} and values {v.shape} do not fit together")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"attention: queries, keys and values are {q.dtype}, {k.dtype} and {v.dtype}; they must agree")
     for parameter in jax.tree.leaves(bias):
         if parameter.shape[-1] != heads:
             raise ValueError(f"attention: a bias {parameter.shape} is not for {heads} heads")
@@ -76,16 +79,21 @@ def check_shapes(q: jax.Array, k: jax.Array, v: jax.Array, bias: Bias | None) ->
 
 def visible_keys(
     mask: Mask,
-    query_length: int,
-    key_length: int,
+    q: jax.Array | jax.ShapeDtypeStruct,
+    k: jax.Array | jax.ShapeDtypeStruct,
     *,
     segment_ids: SegmentIds | None,
     prefix: jax.Array | None,
 ) -> KeyIntervals | None:
-    """`key_intervals`, or None if every query sees every key."""
+    """`key_intervals`, or None if every query sees every key. Raises ValueError if ids do not fit q and k."""
+    ids = SegmentIds(None, None) if segment_ids is None else segment_ids
+    names = ("segment_ids.query", ids.query, q), ("segment_ids.key", ids.key, k), ("prefix", prefix, k)
+    for name, found, like in names:
+        if found is not None and found.shape != like.shape[:2]:
+            raise ValueError(f"attention: {name} {found.shape} must be {like.shape[:2]}")
     if not mask.causal and mask.window is None and segment_ids is None:
         return None
-    return key_intervals(mask, query_length, key_length, segment_ids=segment_ids, prefix=prefix)
+    return key_intervals(mask, q.shape[1], k.shape[1], segment_ids=segment_ids, prefix=prefix)
 
 
 def kernel_for(

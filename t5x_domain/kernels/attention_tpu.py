@@ -19,7 +19,7 @@ from t5x_domain.kernels.mask import KeyIntervals
 from t5x_domain.kernels.relative_bias import Alibi, Bias, diagonals, saturation
 from t5x_domain.kernels.tpu.backward import backward
 from t5x_domain.kernels.tpu.block_map import EVERYWHERE, BlockMap, Far, block_map
-from t5x_domain.kernels.tpu.blocks import SMEM, Blocks, Chip, chip
+from t5x_domain.kernels.tpu.blocks import LANES, SMEM, Blocks, Chip, chip
 from t5x_domain.kernels.tpu.forward import forward
 from t5x_domain.kernels.tpu.logits import LOG2E, MASKED, bias_unit
 from t5x_domain.kernels.tpu.settings import Settings
@@ -78,12 +78,16 @@ class TpuAttention:
         target: Chip | None = None,
         **options: Any,
     ) -> "TpuAttention":
-        """For a chip, by default the one that is compiled for; `options` are further attributes."""
+        """For a chip, by default the one that is compiled for; `options` are further attributes.
+
+        Raises:
+          UserError: the bias changes over more distances than the chip's memory holds.
+        """
         target, head_dim = target or chip(), _padded_dim(head_dim)
         largest = target.backward[head_dim].queries
         parts = math.ceil(query_length / (target.resident_queries(head_dim) // largest * largest))
         far = None if bias is None else EVERYWHERE if isinstance(bias, Alibi) else Far(*saturation(bias))
-        return cls(
+        kernel = cls(
             query_length,
             key_length,
             target.forward[head_dim].fit(query_length, key_length),
@@ -93,6 +97,14 @@ class TpuAttention:
             target.vmem,
             **options,
         )
+        layout = kernel._settings(kernel.backward_blocks, kernel.backward_blocks.queries).layout
+        # Two buffers each of the table and of its gradient.
+        if layout is not None and 4 * 4 * LANES * layout.width > target.vmem // 2:
+            raise UserError(
+                f"attention: a bias that changes {max(far)} positions away makes a table of {layout.width} lanes, over "
+                "half of the chip's vector memory; lower relative_bias_max_distance or take backend='xla'."
+            )
+        return kernel
 
     @property
     def part_length(self) -> int:
@@ -123,7 +135,7 @@ class TpuAttention:
             raise UserError(
                 f"attention: {largest} pairs of blocks ({batch} rows of {self.query_length} queries and "
                 f"{self.key_length} keys on a device) do not fit into the {SMEM // 1024} KiB of scalar memory; "
-                "take fewer rows a device, or accumulate gradients"
+                "take fewer rows a device, or accumulate gradients."
             )
         return maps
 
@@ -197,12 +209,12 @@ class TpuAttention:
                 dq, *new = part(xs)
                 return jax.tree.map(jnp.add, sums, new), dq
 
-            like = jax.eval_shape(lambda xs: part(_part(xs, 0))[1:], xs)
-            sums, dq = jax.lax.scan(add, [a and jnp.zeros(a.shape, a.dtype) for a in like], xs)
+            like = jax.eval_shape(lambda xs: list(part(_part(xs, 0))[1:]), xs)
+            sums, dq = jax.lax.scan(add, jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), like), xs)
             dq = jnp.moveaxis(dq, 0, 2).reshape(*dq.shape[1:3], -1, dq.shape[4])
         dq = jnp.swapaxes(dq[:, :, : self.query_length], 1, 2)[..., : q.shape[3]]
         dk, dv = (self._of_key_heads(a, k) for a in sums[:2])
-        d_diagonal = None if diagonal is None else unskew(sums[2], settings.layout)[:, ::-1]
+        d_diagonal = None if diagonal is None else unskew(sums[2], settings.layout)[:, ::-1].astype(diagonal.dtype)
         return dq, dk, dv, to_bias(d_diagonal)[0]
 
     def _settings(self, blocks, lanes, reverse=False):

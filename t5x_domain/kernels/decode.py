@@ -54,10 +54,13 @@ def decode_attention(
       [B, Q, H, D] in q's dtype; 0 for a row that sees nothing.
 
     Raises:
+      ValueError: dtypes do not agree.
       UserError: the backend cannot do what is asked for.
     """
     batch, queries, heads, dim = q.shape
     kv_heads, length = past.keys.shape[1:3]
+    if len(dtypes := {a.dtype for a in jax.tree.leaves((q, past, new))}) > 1:
+        raise ValueError(f"decode_attention: q, past and new have dtypes {sorted(map(str, dtypes))}; they must agree")
     # Queries of the heads that share a key head are rows of one product: [B, Hk, G * Q, D].
     rows = jnp.moveaxis(q.reshape(batch, queries, kv_heads, -1, dim), 1, 3).reshape(batch, kv_heads, -1, dim)
     if bias is not None:

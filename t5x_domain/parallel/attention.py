@@ -58,7 +58,7 @@ def attention_plan(
       backend: see `attention`.
       sequence: likewise.
     """
-    intervals = visible_keys(mask, q.shape[1], k.shape[1], segment_ids=segment_ids, prefix=prefix)
+    intervals = visible_keys(mask, q, k, segment_ids=segment_ids, prefix=prefix)
     layout = _Layout.of(q, k, backend, sequence)
 
     def find(intervals: KeyIntervals | None) -> Any:
@@ -160,8 +160,8 @@ class _Layout:
       query: of the queries' positions.
       key: of the keys' positions.
       ring: parts of the keys that a device sees one after the other.
-      kernel_queries: shape and dtype of the queries that the kernel sees.
-      kernel_keys: of the keys.
+      kernel_queries: like the queries, but as long as those that the kernel sees.
+      kernel_keys: like the keys, likewise.
     """
 
     mesh: Mesh | None

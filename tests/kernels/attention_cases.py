@@ -65,7 +65,8 @@ class Case:
 
         Every result is a sum of products of exact inputs and of probabilities. A sum of n terms has an error of at most
         n u times the sum of the terms' magnitudes, and exp turns an absolute error of a logit into a relative one of a
-        probability. So: relative error of any term <= epsilon, bound = epsilon * the same sum over magnitudes.
+        probability. So: relative error of any term of a query <= its epsilon, bound = the same sum over epsilon times
+        magnitudes.
         """
         groups = self.q.shape[2] // self.k.shape[2]
         k, v = (np.repeat(a, groups, axis=2) for a in (self.k, self.v))
@@ -93,37 +94,39 @@ class Case:
         p = np.where(allowed, np.exp(logits), 0)
         p = p / np.maximum(p.sum(-1, keepdims=True), 1e-300)
 
+        # A logit's own sum has dim terms and the bias two, scale, cap, mask and log-sum-exp (keys) round a few times
+        # more; the cap's derivative 1 - tanh² cancels, which costs its relative error nothing below |raw| ~ softcap.
+        # A query's probabilities are as wrong as the worst of its logits.
+        top = (raw_size * allowed).max(-1, keepdims=True) + np.log(keys) + 1
+        steps = dim + keys + 8
+        unit, sum_unit = UNITS[dtype]
+        terms = 2 * queries * groups * self.q.shape[0] + keys + dim
+        # Probabilities, their gradient, the output and `delta` pass through the inputs' dtype.
+        epsilon = 4 * sum_unit * steps * top + sum_unit * terms + 4 * unit
+        if dtype == "float64":
+            epsilon *= 2  # the reference rounds as much
+
         out, out_size = product("bhij,bjhd->bihd", p, v)
         dp, dp_size = product("bihd,bjhd->bhij", self.d_out, v)
         delta, delta_size = (
             np.einsum("bihd,bihd->bhi", a, b)[..., None] for a, b in ((out, self.d_out), (out_size, abs(self.d_out)))
         )
-        ds, ds_size = p * (dp - delta) * slope, p * (dp_size + delta_size)
-        dv, dv_size = product("bhij,bihd->bjhd", p, self.d_out)
-        dq, dq_size = np.einsum("bhij,bjhd->bihd", ds, k), np.einsum("bhij,bjhd->bihd", ds_size, abs(k))
-        dk, dk_size = np.einsum("bhij,bihd->bjhd", ds, self.q), np.einsum("bhij,bihd->bjhd", ds_size, abs(self.q))
+        ds, ds_error = p * (dp - delta) * slope, epsilon * p * (dp_size + delta_size)
+        error = lambda spec, a, b: np.einsum(spec, a, abs(b))  # noqa: E731
+        out_error = error("bhij,bjhd->bihd", epsilon * p, v)
+        dv, dv_error = np.einsum("bhij,bihd->bjhd", p, self.d_out), error("bhij,bihd->bjhd", epsilon * p, self.d_out)
+        dq, dq_error = np.einsum("bhij,bjhd->bihd", ds, k), error("bhij,bjhd->bihd", ds_error, k)
+        dk, dk_error = np.einsum("bhij,bihd->bjhd", ds, self.q), error("bhij,bihd->bjhd", ds_error, self.q)
         one_hot = np.eye(8)[bucket]
-        d_table, d_table_size = (np.einsum("ijn,bhij->nh", one_hot, a) for a in (ds, ds_size))
+        d_table, d_table_error = (np.einsum("ijn,bhij->nh", one_hot, a) for a in (ds, ds_error))
         grouped = lambda a: a.reshape(*a.shape[:2], -1, groups, dim).sum(3)  # noqa: E731
-
-        # A logit's own sum has dim terms and the bias two, scale, cap, mask and log-sum-exp (keys) round a few times
-        # more; the cap's derivative 1 - tanh² cancels, which costs its relative error nothing below |raw| ~ softcap.
-        top = (raw_size * allowed).max() + np.log(keys) + 1
-        steps = dim + keys + 8
-        unit, sum_unit = UNITS[dtype]
-        logit_error = sum_unit * steps * top
-        terms = 2 * queries * groups * self.q.shape[0] + keys + dim
-        # Probabilities, their gradient, the output and `delta` pass through the inputs' dtype.
-        epsilon = 4 * logit_error + sum_unit * terms + 4 * unit
-        if dtype == "float64":
-            epsilon *= 2  # the reference rounds as much
         scaled = self.scale
         return {
-            "out": (out, epsilon * out_size),
-            "q": (scaled * dq, epsilon * scaled * dq_size),
-            "k": (scaled * grouped(dk), epsilon * scaled * grouped(dk_size)),
-            "v": (grouped(dv), epsilon * grouped(dv_size)),
-            "table": (d_table, epsilon * d_table_size),
+            "out": (out, out_error),
+            "q": (scaled * dq, scaled * dq_error),
+            "k": (scaled * grouped(dk), scaled * grouped(dk_error)),
+            "v": (grouped(dv), grouped(dv_error)),
+            "table": (d_table, d_table_error),
         }
 
     def call(self, q, k, v, table, attend=attention):
@@ -149,7 +152,7 @@ def kernel_call(make_kernel):
     """`attention`, but of the kernel that `make_kernel(q, k, bias, **options)` gives."""
 
     def call(q, k, v, *, mask, relative_bias, segment_ids, prefix, **options):
-        intervals = visible_keys(mask, q.shape[1], k.shape[1], segment_ids=segment_ids, prefix=prefix)
+        intervals = visible_keys(mask, q, k, segment_ids=segment_ids, prefix=prefix)
         kernel = make_kernel(q, k, relative_bias, **options)
         place = Place(intervals, kernel.maps(intervals, jnp.int32(0)), jnp.int32(0))
         return attend(kernel, q, k, v, relative_bias, place)

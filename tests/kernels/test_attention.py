@@ -12,7 +12,7 @@ from jaxpr_shapes import intermediate_shapes
 from t5x_domain.errors import UserError
 from t5x_domain.kernels.attention import attention
 from t5x_domain.kernels.attention_xla import XlaAttention
-from t5x_domain.kernels.mask import BIDIRECTIONAL, CAUSAL, Mask
+from t5x_domain.kernels.mask import BIDIRECTIONAL, CAUSAL, Mask, SegmentIds
 from t5x_domain.kernels.relative_bias import Alibi, RelativeBias
 
 
@@ -136,13 +136,22 @@ def test_what_a_backend_cannot_do_is_refused():
         attention(x, x, x, mask=CAUSAL, backend="tpu")
 
 
-def test_shapes_that_do_not_fit_are_refused():
-    x, y = jnp.zeros((1, 4, 3, 2)), jnp.zeros((1, 4, 2, 2))
-    with pytest.raises(ValueError, match="3 query heads"):
-        attention(x, y, y, mask=CAUSAL)
-    for bias in (RelativeBias(jnp.zeros((8, 2)), True), Alibi.of(2)):
-        with pytest.raises(ValueError, match="not for 3 heads"):
-            attention(x, x, x, mask=CAUSAL, relative_bias=bias)
+def test_what_does_not_fit_together_is_refused():
+    x = jnp.zeros((2, 4, 3, 2))
+    wrong = [
+        ("do not fit together", {"k": x[:, :, :2], "v": x[:, :, :2]}),  # 3 query heads, 2 key heads
+        ("do not fit together", {"v": x[:, :3]}),
+        ("do not fit together", {"k": x[:1], "v": x[:1]}),
+        ("do not fit together", {"k": x[..., :1], "v": x[..., :1]}),
+        ("bfloat16 and float32; they must agree", {"k": x.astype(jnp.bfloat16)}),
+        ("not for 3 heads", {"relative_bias": RelativeBias(jnp.zeros((8, 2)), True)}),
+        ("not for 3 heads", {"relative_bias": Alibi.of(2)}),
+        (r"segment_ids.key \(2, 3\) must be \(2, 4\)", {"segment_ids": SegmentIds(x[..., 0, 0], x[:, :3, 0, 0])}),
+        (r"prefix \(1, 4\) must be \(2, 4\)", {"prefix": x[:1, :, 0, 0]}),
+    ]
+    for words, change in wrong:
+        with pytest.raises(ValueError, match=words):
+            attention(**{"q": x, "k": x, "v": x, "mask": CAUSAL} | change)
 
 
 def test_auto_says_once_what_it_takes_and_why(caplog):

@@ -7,19 +7,27 @@ import pytest
 from attention_cases import Case, check, examples, kernel_call, leading, make, segments
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxpr_shapes import intermediate_shapes
 
+from t5x_domain.errors import UserError
 from t5x_domain.kernels.attention_tpu import TpuAttention
 from t5x_domain.kernels.mask import BIDIRECTIONAL, CAUSAL, Mask
-from t5x_domain.kernels.tpu.blocks import Blocks, Chip
+from t5x_domain.kernels.relative_bias import RelativeBias
+from t5x_domain.kernels.tpu.blocks import Blocks, Chip, chip
 
 _SMALL = Blocks(queries=128, keys=256, chunk=128)
 
 
 def small_chip(resident: int = 2**20) -> Chip:
     """A chip with small blocks that keeps the gradient of so many queries."""
-    return Chip(resident * 128 * 12 * 4, {64: _SMALL, 128: _SMALL, 256: _SMALL}, {64: _SMALL, 128: _SMALL, 256: _SMALL})
+
+    class SmallChip(Chip):
+        def resident_queries(self, head_dim):
+            return resident
+
+    return SmallChip(2**25, *[{64: _SMALL, 128: _SMALL, 256: _SMALL}] * 2)
 
 
 def attend(interpret=True, target=None):
@@ -118,12 +126,54 @@ def test_nothing_is_read_before_it_is_written_and_cores_do_not_race(capfd, case)
     assert "RACE" not in "".join(capfd.readouterr())
 
 
-def test_results_are_the_same_each_time():
+def test_the_check_for_races_can_fail(capfd):
+    """Two cores write the same block."""
+    params = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)
+    out_spec = pl.BlockSpec((8, 128), lambda i: (0, 0))
+
+    def kernel(out):
+        out[...] = jnp.full(out.shape, pl.program_id(0), jnp.float32)
+
+    pl.pallas_call(
+        kernel,
+        grid=(2,),
+        out_specs=out_spec,
+        out_shape=jax.ShapeDtypeStruct((8, 128), jnp.float32),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
+        interpret=params,
+    )().block_until_ready()
+    assert "RACE" in "".join(capfd.readouterr())
+
+
+def test_bits_do_not_depend_on_how_many_cores_share_the_heads():
     case = t5(mask=CAUSAL, bidirectional=False)
     inputs = [jnp.float32(a) for a in (case.q, case.k, case.v, case.table)]
-    run = jax.jit(jax.grad(lambda *inputs: jnp.square(case.call(*inputs, attend())).sum(), (0, 1, 2, 3)))
-    for first, second in zip(run(*inputs), run(*inputs), strict=True):
-        np.testing.assert_array_equal(first, second)
+
+    def run(cores):
+        call = attend(interpret=pltpu.InterpretParams(num_cores_or_threads=cores))
+        return jax.grad(lambda *inputs: jnp.square(case.call(*inputs, call)).sum(), (0, 1, 2, 3))(*inputs)
+
+    for one, two in zip(run(1), run(2), strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
+def test_gradients_under_vmap():
+    case = make(np.random.default_rng(5), 2, 300, 300, 2, 1, mask=CAUSAL)
+    q, k, v, d_out = (jnp.float32(a)[:, None] for a in (case.q, case.k, case.v, case.d_out))
+
+    def gradients(q, k, v, d_out):
+        return jax.vjp(lambda *inputs: case.call(*inputs, None, attend()), q, k, v)[1](d_out)
+
+    for mapped, whole in zip(
+        jax.vmap(gradients)(q, k, v, d_out), gradients(q[:, 0], k[:, 0], v[:, 0], d_out[:, 0]), strict=True
+    ):
+        np.testing.assert_array_equal(mapped[:, 0], whole)
+
+
+def test_a_bias_too_wide_for_the_chip_is_refused():
+    bias = RelativeBias(jnp.zeros((64, 2)), True, 65536)
+    with pytest.raises(UserError, match="relative_bias_max_distance"):
+        TpuAttention.of(512, 512, 64, bias, target=chip("TPU v4"))
 
 
 def test_no_array_of_queries_times_keys():

@@ -88,17 +88,17 @@ def backward(
         ),
         interpret=settings.interpret,
         name="attention_backward",
-    )(pairs.entries, shift.reshape(1), far, q, k, v, skewed, rows, d_out, lse, delta)
+    )(pairs.entries, jnp.stack([shift, pairs.steps]), far, q, k, v, skewed, rows, d_out, lse, delta)
 
 
 def _kernel(
-    entries, shift, far, q, k, v, skewed, intervals, d_out, lse, delta,
+    entries, sizes, far, q, k, v, skewed, intervals, d_out, lse, delta,
     dq, dk, dv, d_skewed, dq_sum, dk_sum, dv_sum, *, settings, entry,
 ):  # fmt: skip
     head, b, step = (pl.program_id(axis) for axis in range(3))
     row, column, flags = read(entries, entry(b, step))
     blocks = settings.blocks
-    distance = column * blocks.keys - row * blocks.queries + shift[0]
+    distance = column * blocks.keys - row * blocks.queries + sizes[0]
 
     @pl.when(step == 0)
     def _():
@@ -147,7 +147,8 @@ def _kernel(
         dk[...] = (dk_sum[...] * settings.scale).astype(dk.dtype)
         dv[...] = dv_sum[...].astype(dv.dtype)
 
-    @pl.when(step == pl.num_programs(2) - 1)
+    # Not by pl.num_programs, which the interpreter takes from another axis under vmap.
+    @pl.when(step == sizes[1] - 1)
     def _():
         def write(block, _):
             part = pl.ds(pl.multiple_of(block * LANES, LANES), LANES)
