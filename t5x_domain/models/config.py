@@ -58,13 +58,9 @@ class ModelConfig:
       sequence_attention: how keys on other devices are reached, "gather" or "ring", see `parallel.attention`.
     """
 
-    HOW: ClassVar = (
-        "dtype",
-        "scan_layers",
-        "remat",
-        "attention_backend",
-        "sequence_attention",
-    )  # fields that change how a model is computed, not what it is
+    # Fields that change how a model is computed, not what it is; a run may go on elsewhere with others of PLACE.
+    PLACE: ClassVar = ("remat", "attention_backend", "sequence_attention")
+    HOW: ClassVar = ("dtype", "scan_layers", *PLACE)
 
     vocab_size: int
     embed_dim: int = 512

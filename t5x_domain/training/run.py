@@ -140,7 +140,8 @@ class Run:
         record = folder / "run.json"
         if record.exists() and _has_begun(folder):
             before = json.loads(record.read_text(encoding="utf-8"))
-            changed = changed_keys(before, identity)
+            free = {f"ModelConfig.{key}" for key in ModelConfig.PLACE}
+            changed = [key for key in changed_keys(before, identity) if key not in free]
             if changed:
                 differences = "; ".join(f"{key} was {before.get(key)!r}, is {identity.get(key)!r}" for key in changed)
                 raise UserError(

@@ -158,6 +158,8 @@ def configs_that_differ():
         "final_logit_softcap": 30.0,
         "dtype": "bfloat16",
         "remat": "minimal",
+        "attention_backend": "xla",
+        "sequence_attention": "ring",
     }
     for field in dataclasses.fields(ModelConfig):
         value = getattr(CONFIG, field.name)

@@ -232,9 +232,11 @@ def test_a_full_disk_ends_the_run_and_loses_nothing(workspace, undisturbed):
 
 
 def test_a_finished_run_is_left_as_it_is(workspace, undisturbed):
+    """Also where the model is computed in another way: a run may go on on other machines."""
     before = logged(undisturbed)
-    status, out, _ = finish(workspace, undisturbed)
-    assert status == 0
+    elsewhere = ["--gin.ModelConfig.remat='full'", "--gin.ModelConfig.attention_backend='xla'"]
+    status, out, err = finish(workspace, undisturbed, *elsewhere)
+    assert status == 0, err
     assert f"from step {STEPS}" in out
     assert logged(undisturbed) == before
 
