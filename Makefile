@@ -16,7 +16,7 @@ demo: setup
 	$(BIN)/python -m t5x_domain.demo
 
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadfile tests
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests
 
 # Twenty times the examples of attention that `test` tries: a quarter of an hour.
 test-kernels: setup

@@ -227,6 +227,7 @@ _ANY_LLAMA = ("num_kv_heads", "relative_bias_per_layer")
 INEXPRESSIBLE = (
     [("T5", EncoderDecoder, T5, k, OTHER[k]) for k in OTHER if k != "relative_bias_per_layer"]
     + [("T5", EncoderDecoder, T5, "position", "rope"), ("T5", EncoderDecoder, T5, "position", "none")]
+    + [("T5", EncoderDecoder, T5, "position", "alibi"), ("Llama", DecoderOnly, LLAMA, "position", "alibi")]
     + [("T5", EncoderDecoder, T5, "attention_scale", "head_dim"), ("T5", EncoderDecoder, T5, "tie_embeddings", True)]
     + [("T5", EncoderOnly, dataclasses.replace(T5, num_decoder_layers=0), "tie_embeddings", False)]
     + [("Llama", DecoderOnly, LLAMA, k, OTHER[k]) for k in OTHER if k not in _ANY_LLAMA]
@@ -235,7 +236,7 @@ INEXPRESSIBLE = (
 )
 # What both families express, or what does not change what a model computes.
 EXPRESSIBLE = {"vocab_size", "embed_dim", "mlp_dim", "num_heads", "head_dim", "num_encoder_layers"}
-EXPRESSIBLE |= {"num_decoder_layers", "norm_epsilon", "dropout_rate", "dtype", "scan_layers", "remat", "rope_base"}
+EXPRESSIBLE |= {"num_decoder_layers", "norm_epsilon", "dropout_rate", "rope_base", *ModelConfig.HOW}
 EXPRESSIBLE |= {"relative_bias_buckets", "relative_bias_max_distance", "relative_bias_per_layer"}
 EXPRESSIBLE |= {"rope_base_local", "local_window"}  # of local layers, which `layer_pattern` refuses
 
