@@ -1,6 +1,7 @@
 """Attention with T5's relative bias inside: the one entry, for the arrays of one device, and the choice of a backend.
 
-Models call `parallel.attention`, which does the same over a mesh.
+Models call `parallel.attention`, which does the same over a mesh. A backend to come, as for Hopper GPUs, is one more
+object that `kernel_for` gives.
 """
 
 import functools
