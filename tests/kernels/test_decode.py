@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_cases import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
@@ -61,7 +62,7 @@ def reference(q, past, new, start, stop, bias, scale, softcap):
     return out, abs(values).max() * (2 * error + 2 * len(position) * unit + 2 * eps)
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=examples(4), deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1),
     heads=st.sampled_from([(4, 4), (4, 2), (3, 1)]),

@@ -146,7 +146,7 @@ def test_the_check_for_races_can_fail(capfd):
 
 
 def test_bits_do_not_depend_on_how_many_cores_share_the_heads():
-    case = t5(mask=CAUSAL, bidirectional=False)
+    case = t5(200, mask=CAUSAL, bidirectional=False)
     inputs = [jnp.float32(a) for a in (case.q, case.k, case.v, case.table)]
 
     def run(cores):

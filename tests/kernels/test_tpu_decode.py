@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_cases import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
@@ -27,7 +28,7 @@ def reference(rows, keys, values, start, stop, bias, own_key, own_value, scale, 
     return np.einsum("bkrs,bksd->bkrd", weights / weights.sum(axis=-1, keepdims=True), values)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=examples(6), deadline=None)
 @given(
     length=st.integers(1, 400),
     rows=st.sampled_from([1, 4, 9]),
