@@ -116,7 +116,7 @@ def kernel_for(
       bias: None for none.
       scale: factor of the logits.
       softcap: of the logits; None for none.
-      exact: results in the dtype of sums.
+      exact: results stay in the dtype of sums, as others will be added to them.
 
     Raises:
       UserError: the backend cannot do what is asked for.

@@ -49,7 +49,7 @@ class TpuAttention:
       vmem: bytes of vector memory for a kernel.
       scale: factor of the logits.
       softcap: of the logits; None for none.
-      exact: results stay float32, because others will be added to them.
+      exact: results stay in the dtype of sums, as others will be added to them.
       interpret: run by the interpreter: False, True or `pltpu.InterpretParams`.
       branches: see `Settings`.
     """

@@ -26,7 +26,7 @@ class XlaAttention:
     Attributes:
       scale: factor of the logits.
       softcap: of the logits; None for none.
-      exact: results stay in the dtype of sums, because others will be added to them.
+      exact: results stay in the dtype of sums, as others will be added to them.
       chunk_size: queries handled at once. By default 64 on a CPU, whose cache then holds the logits, else 1024.
     """
 

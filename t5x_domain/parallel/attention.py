@@ -93,8 +93,15 @@ def attention(
       plan: of `attention_plan` for these shapes, this backend and this `sequence`.
       backend: see `kernels.attention.backend_for`.
       sequence: how keys on other devices are reached: "gather" or "ring".
+
+    Raises:
+      ValueError: shapes or dtypes do not fit together, or the plan is for other queries.
+      UserError: the backend cannot do what is asked for.
     """
     check_shapes(q, k, v, relative_bias)
+    rows = q.shape[:2] if plan.intervals is None else plan.intervals.start.shape
+    if rows[0] not in (1, q.shape[0]) or rows[1] != q.shape[1]:
+        raise ValueError(f"attention: a plan for rows {rows} is not for queries {q.shape}")
     layout = _Layout.of(q, k, backend, sequence)
     if k.shape[2] % layout.num_head_parts:
         # Fewer key heads than devices: some devices hold the same.

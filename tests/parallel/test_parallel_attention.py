@@ -105,3 +105,9 @@ def test_a_ring_gathers_no_keys():
     ring, gather = collectives("ring"), collectives("gather")
     assert "collective-permute" in ring and "all-gather" not in ring
     assert "collective-permute" not in gather and {"all-gather", "reduce-scatter"} <= gather
+
+
+def test_a_plan_for_other_queries_is_refused():
+    x = jnp.zeros((2, 16, 2, 4))
+    with pytest.raises(ValueError, match=r"a plan for rows \(1, 8\) is not for queries \(2, 16, 2, 4\)"):
+        attention(x, x, x, attention_plan(x[:, :8], x[:, :8], mask=CAUSAL))
