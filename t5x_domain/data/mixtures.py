@@ -6,6 +6,7 @@ import gin
 
 from t5x_domain.data.tasks import Component, Corpus, Mixture
 from t5x_domain.errors import UserError
+from t5x_domain.objectives.base import Objective
 from t5x_domain.objectives.prefix import Metadata
 from t5x_domain.objectives.ul2 import denoising
 
@@ -39,9 +40,7 @@ def mixture_of_denoisers(
       UserError: an unknown preset or family, knobs that a family does not have, weights that do not sum to 1, rates
         that do not match the corpora.
     """
-    rates = [1.0] * len(corpora) if rates is None else list(rates)
-    if len(rates) != len(corpora):
-        raise UserError(f"mixture_of_denoisers.rates has {len(rates)} numbers for {len(corpora)} corpora.")
+    rates = _rates(rates, corpora, "mixture_of_denoisers")
     mix = denoising(denoisers, split=split, mode_form=mode_form)
     return Mixture(
         name,
@@ -51,3 +50,38 @@ def mixture_of_denoisers(
             for objective, mode, weight in mix
         ],
     )
+
+
+@gin.configurable
+def mixture_of_corpora(
+    corpora: Sequence[Corpus],
+    *,
+    objective: Objective,
+    rates: Sequence[float] | None = None,
+    metadata: Metadata | None = None,
+    name: str = "corpora",
+) -> Mixture:
+    """Every corpus with the same objective.
+
+    Args:
+      corpora: what is learnt.
+      objective: how.
+      rates: of the corpora, relative to one another; None for equal ones.
+      metadata: a document's metadata before it; None for none.
+      name: of the mixture.
+
+    Raises:
+      UserError: rates that do not match the corpora.
+    """
+    rates = _rates(rates, corpora, "mixture_of_corpora")
+    return Mixture(
+        name,
+        [Component(corpus, objective, rate, None, metadata) for corpus, rate in zip(corpora, rates, strict=True)],
+    )
+
+
+def _rates(rates: Sequence[float] | None, corpora: Sequence[Corpus], mixture: str) -> list[float]:
+    rates = [1.0] * len(corpora) if rates is None else list(rates)
+    if len(rates) != len(corpora):
+        raise UserError(f"{mixture}.rates has {len(rates)} numbers for {len(corpora)} corpora.")
+    return rates
