@@ -75,8 +75,8 @@ class Layout(abc.ABC):
                 "set MODEL = @EncoderDecoder or @DecoderOnly, or learn MaskedLM (gin/mixtures/mlm.gin)."
             )
         raise UserError(
-            f"Run.model = {type(self).__name__} predicts with its decoder, but '{objective.name}' predicts tokens where "
-            "they stand in an encoder; set MODEL = @EncoderOnly, or learn denoisers (gin/mixtures/denoisers.gin)."
+            f"Run.model = {type(self).__name__} predicts with its decoder, but '{objective.name}' predicts tokens "
+            "where they stand in an encoder; set MODEL = @EncoderOnly, or learn denoisers (gin/mixtures/denoisers.gin)."
         )
 
     @abc.abstractmethod

@@ -150,6 +150,12 @@ def register(mixture: Mixture, vocabulary: Vocabulary | ByteVocabulary) -> "seqi
       UserError: a task or mixture of this name is registered already and is another, or an objective predicts tokens
         where they stand in an encoder: which ones it chose, SeqIO's two features cannot say.
     """
+    for component in mixture.components:
+        if component.objective.target_side == "encoder":
+            raise UserError(
+                f"{component.name}: a SeqIO task has inputs and targets, but cannot say which of them "
+                f"'{component.objective.name}' chose; register objectives that a decoder learns."
+            )
     import seqio
 
     for component in mixture.components:
@@ -168,11 +174,6 @@ def _register_task(component: Component, vocabulary: Vocabulary | ByteVocabulary
 
     # A rate belongs to the mixture, not to the task.
     component = dataclasses.replace(component, rate=1.0)
-    if component.objective.target_side == "encoder":
-        raise UserError(
-            f"{component.name}: a SeqIO task has inputs and targets but not which targets '{component.objective.name}' "
-            "chose; register objectives that a decoder learns."
-        )
     if component.name in seqio.TaskRegistry.names():
         ours = {"component": component, "vocabulary": vocabulary}
         last = seqio.TaskRegistry.get(component.name).preprocessors[-1:]

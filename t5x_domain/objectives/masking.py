@@ -179,7 +179,7 @@ class Lexicon(Masking):
         terms = [*self.words, *(_terms_of(self.file) if self.file is not None else ())]
         terms = tuple(dict.fromkeys(term.strip() for term in terms if term.strip()))
         if not terms:
-            raise UserError(f"{self._place} names no word; give at least one, a line each in a file.")
+            raise UserError(f"{self._place} has no word; give at least one, in a file one a line.")
         object.__setattr__(self, "words", terms)
         object.__setattr__(self, "digest", hashlib.sha256("\n".join(terms).encode()).hexdigest()[:16])
 
