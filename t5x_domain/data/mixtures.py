@@ -15,7 +15,7 @@ from t5x_domain.objectives.ul2 import denoising
 def mixture_of_denoisers(
     corpora: Sequence[Corpus],
     *,
-    denoisers: str | Sequence[Sequence] = "ul2_442",
+    denoisers: str | Sequence[Sequence] | Sequence[Objective] = "ul2_442",
     rates: Sequence[float] | None = None,
     split: str = "suffix",
     mode_form: str | None = "text",
@@ -27,7 +27,8 @@ def mixture_of_denoisers(
     Args:
       corpora: what is learnt.
       denoisers: a preset (a key of `objectives.ul2.PRESETS`), or a list of (family, mean span length, rate, mode token,
-        weight), see `objectives.ul2.Denoiser`. The weights sum to 1.
+        weight), see `objectives.ul2.Denoiser`. The weights sum to 1. Or a list of objectives, e.g. [MaskedLM()], which
+        share the text evenly and have no mode tokens.
       rates: of the corpora, relative to one another; None for equal ones.
       split: how S cuts the text if it has a rate. 'suffix' predicts that share of its end, the paper's definition;
         'uniform' cuts anywhere, the released preprocessor's. See `PrefixLM`.
@@ -40,7 +41,9 @@ def mixture_of_denoisers(
       UserError: an unknown preset or family, knobs that a family does not have, weights that do not sum to 1, rates
         that do not match the corpora.
     """
-    rates = _rates(rates, corpora, "mixture_of_denoisers")
+    rates = [1.0] * len(corpora) if rates is None else list(rates)
+    if len(rates) != len(corpora):
+        raise UserError(f"mixture_of_denoisers.rates has {len(rates)} numbers for {len(corpora)} corpora.")
     mix = denoising(denoisers, split=split, mode_form=mode_form)
     return Mixture(
         name,
@@ -50,38 +53,3 @@ def mixture_of_denoisers(
             for objective, mode, weight in mix
         ],
     )
-
-
-@gin.configurable
-def mixture_of_corpora(
-    corpora: Sequence[Corpus],
-    *,
-    objective: Objective,
-    rates: Sequence[float] | None = None,
-    metadata: Metadata | None = None,
-    name: str = "corpora",
-) -> Mixture:
-    """Every corpus with the same objective.
-
-    Args:
-      corpora: what is learnt.
-      objective: how.
-      rates: of the corpora, relative to one another; None for equal ones.
-      metadata: a document's metadata before it; None for none.
-      name: of the mixture.
-
-    Raises:
-      UserError: rates that do not match the corpora.
-    """
-    rates = _rates(rates, corpora, "mixture_of_corpora")
-    return Mixture(
-        name,
-        [Component(corpus, objective, rate, None, metadata) for corpus, rate in zip(corpora, rates, strict=True)],
-    )
-
-
-def _rates(rates: Sequence[float] | None, corpora: Sequence[Corpus], mixture: str) -> list[float]:
-    rates = [1.0] * len(corpora) if rates is None else list(rates)
-    if len(rates) != len(corpora):
-        raise UserError(f"{mixture}.rates has {len(rates)} numbers for {len(corpora)} corpora.")
-    return rates

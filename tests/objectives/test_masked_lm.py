@@ -9,7 +9,7 @@ import pytest
 
 from t5x_domain import cli
 from t5x_domain.data.loader import Batches
-from t5x_domain.data.mixtures import mixture_of_corpora, mixture_of_denoisers
+from t5x_domain.data.mixtures import mixture_of_denoisers
 from t5x_domain.data.packing import DecoderOnly, EncoderDecoder, EncoderOnly
 from t5x_domain.data.sources import JsonlSource
 from t5x_domain.data.tasks import Corpus, register
@@ -52,7 +52,7 @@ class Split:
 
 
 def batches(objective=MaskedLM(), layout=EncoderOnly(), metadata=None, **changes):
-    mixture = mixture_of_corpora([LAW], objective=objective, metadata=metadata)
+    mixture = mixture_of_denoisers([LAW], denoisers=[objective], metadata=metadata)
     settings = {"lengths": LENGTHS, "layout": layout, "batch_size": 8, "seed": 3} | changes
     return Batches([Split()], mixture, VOCABULARY, **settings)
 
@@ -181,7 +181,7 @@ def test_objective_and_model_must_fit(packing):
 
 @pytest.mark.parametrize("packing", ["concat_and_split", "first_fit"])
 def test_vocabulary_must_serve(packing):
-    mixture = mixture_of_corpora([LAW], objective=MaskedLM())
+    mixture = mixture_of_denoisers([LAW], denoisers=[MaskedLM()])
     settings = {"lengths": LENGTHS, "layout": EncoderOnly(), "batch_size": 8, "seed": 0, "packing": packing}
     with pytest.raises(UserError, match="raise ByteVocabulary.extra_ids"):
         Batches([Split()], mixture, ByteVocabulary(extra_ids=0), **settings)
@@ -196,15 +196,18 @@ def test_vocabulary_must_serve(packing):
 
 def test_seqio_tasks_cannot_say_what_was_chosen():
     with pytest.raises(UserError, match="law_mlm: a SeqIO task .* 'mlm' chose"):
-        register(mixture_of_corpora([LAW], objective=MaskedLM()), VOCABULARY)
+        register(mixture_of_denoisers([LAW], denoisers=[MaskedLM()]), VOCABULARY)
 
 
-def test_rates_of_corpora():
-    pair = [LAW, dataclasses.replace(LAW, name="general")]
-    mixture = mixture_of_corpora(pair, objective=MaskedLM(), rates=[3, 1])
-    assert [(c.name, c.rate) for c in mixture.components] == [("law_mlm", 3), ("general_mlm", 1)]
-    with pytest.raises(UserError, match="mixture_of_corpora.rates has 1 numbers for 2 corpora"):
-        mixture_of_corpora(pair, objective=MaskedLM(), rates=[1])
+def test_objectives_in_the_place_of_denoisers():
+    """Every corpus with each of them; a mix with denoisers is refused."""
+    pair, other = [LAW, dataclasses.replace(LAW, name="general")], MaskedLM(WholeWord(), name="words")
+    mixture = mixture_of_denoisers(pair, denoisers=[MaskedLM(), other], rates=[3, 1])
+    rates = {"law_mlm": 1.5, "law_words": 1.5, "general_mlm": 0.5, "general_words": 0.5}
+    assert {c.name: c.rate for c in mixture.components} == rates
+    assert not any(c.mode for c in mixture.components)
+    with pytest.raises(UserError, match="MaskedLM.* must be .family.* or all entries must be objectives"):
+        mixture_of_denoisers(pair, denoisers=[("R", 3, 0.15, None, 0.5), MaskedLM()])
 
 
 # --- Gin, and a run.
@@ -222,7 +225,7 @@ def test_gin_builds_every_masking(tmp_path):
     }.items():
         bindings = [f"MASKING = {masking}", "SHARES = (0.85, 0.0, 0.15)", f"Lexicon.file = {str(terms)!r}"]
         cli.load_gin(FILES, [*bindings, "WholeWord.rate = 0.2", "RUN_DIR = 'none'"])
-        assert cli.build(mixture_of_corpora).components[0].objective == MaskedLM(made, (0.85, 0.0, 0.15))
+        assert cli.build(mixture_of_denoisers).components[0].objective == MaskedLM(made, (0.85, 0.0, 0.15))
         gin.clear_config()
 
 

@@ -202,7 +202,7 @@ def test_rate_of_pairs():
 
 # --- A lexicon.
 
-LUNGS = "lung of the lung cancer, lungs plunge lung. Lung lung"
+LUNGS = "lung of the lung cancer, lungs sublung plunge lung. Lung lung"
 
 
 @pytest.mark.parametrize("as_bytes", [True, False])
