@@ -49,6 +49,8 @@ def batch(rows=16, encoder=24, decoder=16, seed=0):
     result["decoder_loss_weights"] = (result["decoder_segment_ids"] > 0).astype(np.float32)
     result["decoder_prefix"] = (result["decoder_positions"] < 3).astype(np.int32)
     result["component_ids"] = rng.integers(0, 2, (rows, decoder)).astype(np.int32)
+    result["encoder_target_tokens"] = rng.integers(1, VOCAB, (rows, encoder)).astype(np.int32)
+    result["encoder_loss_weights"] = (result["encoder_segment_ids"] > 0).astype(np.float32)
     return result
 
 

@@ -1,3 +1,4 @@
+import functools
 import math
 
 import jax
@@ -7,7 +8,7 @@ import pytest
 
 from t5x_domain.data import packing
 from t5x_domain.evaluation.perplexity import held_out_scores
-from t5x_domain.models.assemblies import EncoderDecoder
+from t5x_domain.models.assemblies import EncoderDecoder, EncoderOnly
 from t5x_domain.models.config import ModelConfig
 from t5x_domain.objectives.losses import language_model_loss
 from t5x_domain.parallel.mesh import MeshShape
@@ -38,6 +39,23 @@ def test_perplexity_of_a_diverged_model_is_finite():
     )
     assert scores["loss"] == 1e6
     assert scores["perplexity"] == pytest.approx(math.exp(700))
+
+
+def test_a_masked_model_is_scored_on_what_is_hidden():
+    """With all parameters 0 each of 48 tokens has probability 1/48; 2 of 5 tokens are hidden, in two components."""
+    config = ModelConfig(vocab_size=48, embed_dim=8, mlp_dim=8, num_heads=1, head_dim=8, num_encoder_layers=1)
+    blueprint = Blueprint(EncoderOnly, config, MeshShape().build(jax.devices()[:1]))
+    params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), blueprint.shapes)
+    tokens, prefix = np.arange(3, 8, dtype=np.int32), np.array([20, 21], np.int32)
+    chosen = np.array([0, 1, 0, 1, 0], bool)
+    rows = [[packing.Example(tokens, tokens, component, prefix, chosen)] for component in (0, 1)]
+    batch = packing.EncoderOnly().batch([*rows, []], {"inputs": 8})
+    loss = functools.partial(language_model_loss, num_components=2)
+    sums = make_eval_step(blueprint, loss)(params, batch)
+    assert sums["component_weight"].tolist() == [2, 2]
+    scores = held_out_scores(lambda *_: sums, params, [batch], bytes_per_token=2.0)
+    assert scores["targets"] == 4
+    assert scores["perplexity"] == pytest.approx(48, rel=1e-5)
 
 
 def test_a_model_that_knows_nothing_has_the_perplexity_of_its_vocabulary():
