@@ -21,6 +21,7 @@ class LanguageModel(nnx.Module):
     """What the assemblies share: the embedding and its use as output."""
 
     inputs: tuple[str, ...]  # features of a batch that __call__ takes
+    target_side = "decoder"  # whose `…_target_tokens` and `…_loss_weights` it learns from
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
         """Builds the embedding."""
@@ -131,6 +132,7 @@ class EncoderOnly(LanguageModel):
     """One bidirectional stack (BERT, ModernBERT)."""
 
     inputs = ("encoder_input_tokens", "encoder_segment_ids", "encoder_positions")
+    target_side = "encoder"
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
         """Builds the stack of `config.num_encoder_layers` blocks."""

@@ -21,6 +21,8 @@ from t5x_domain.parallel.mesh import MeshShape
 from t5x_domain.training.checkpoint import Retention
 from t5x_domain.training.optimizer import Updates
 
+_LOSSES = ("language_model_loss", "replaced_token_detection_loss")
+
 
 @gin.configurable
 @dataclasses.dataclass(frozen=True)
@@ -125,8 +127,9 @@ class Run:
             "Run.seed": self.seed,
             **{f"Run.{key}": getattr(self, key) for key in ("init_from", "init_embedding", "init_optimizer")},
             "Updates.optimizer": repr(self.updates.optimizer),
+            "Updates.groups": self.updates.groups and {p: repr(g.optimizer) for p, g in self.updates.groups.items()},
             "Updates.freeze": list(self.updates.freeze),
-            **{f"{name} bindings": gin.get_bindings(name) for name in ("Batches", "language_model_loss")},
+            **{f"{name} bindings": gin.get_bindings(name) for name in ("Batches", *_LOSSES)},
         }
         return json.loads(json.dumps(described, default=repr))
 
