@@ -39,6 +39,7 @@ class ReplacedTokenDetection(EncoderOnly):
           UserError: the generator would be larger than the discriminator.
         """
         super().__init__(dataclasses.replace(config, tie_embeddings=True), rngs=rngs)  # it scores no vocabulary
+        self.config = config
         self.generator = EncoderOnly(generator_config(config), rngs=rngs)
         self.head = DetectionHead(config, rngs=rngs)
         table = self.embedding.embedding

@@ -10,6 +10,7 @@ import gin
 
 from t5x_domain.conversion.description import DESCRIPTION, describe
 from t5x_domain.conversion.huggingface import require_exportable
+from t5x_domain.conversion.rtd import remaining_model
 from t5x_domain.data.curriculum import Phase
 from t5x_domain.data.tasks import Mixture
 from t5x_domain.errors import UserError
@@ -104,7 +105,7 @@ class Run:
         if self.init_embedding not in (None, "mean", "random"):
             raise UserError(f"Run.init_embedding = {self.init_embedding!r}: choose 'mean' or 'random', or None.")
         if self.export_on_finish is not None:  # what cannot be exported is to be said before it is trained
-            require_exportable(self.model, self.config, self.vocabulary, self.prefix_lm)
+            require_exportable(*remaining_model(self.model, self.config), self.vocabulary, self.prefix_lm)
 
     @property
     def prefix_lm(self) -> list[str]:
