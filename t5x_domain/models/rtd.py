@@ -58,6 +58,14 @@ class ReplacedTokenDetection(EncoderOnly):
             return shared
         return jax.lax.stop_gradient(shared) + self.embedding_delta[...]
 
+    @property
+    def output_kernel(self) -> jax.Array:
+        """Raises UserError: a discriminator predicts no tokens."""
+        raise UserError(
+            "ReplacedTokenDetection predicts no tokens; set Run.loss = @replaced_token_detection_loss, "
+            "or MODEL = @EncoderOnly for masked language modelling."
+        )
+
     def embed(self, tokens: jax.Array) -> jax.Array:
         """[B, S] int32 -> [B, S, embed_dim]."""
         return constrain(self.embedding.look_up(self.table, tokens), "batch", "length", "embed_activation")

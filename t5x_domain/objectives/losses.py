@@ -71,7 +71,7 @@ def target_scores(
     """As `token_scores`, of hidden states [B, T, embed_dim] that the model has already computed."""
     return cross_entropy(
         hidden,
-        model.embedding.output_kernel,
+        model.output_kernel,
         targets,
         weights,
         logit_scale=model.logit_scale,

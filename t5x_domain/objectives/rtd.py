@@ -82,7 +82,7 @@ def replaced_token_detection_loss(
         hidden = _generator_states(model, batch, chosen, None)
     samples = sample_tokens(
         hidden,
-        model.generator.embedding.output_kernel,
+        model.generator.output_kernel,
         sampling_key,
         temperature=temperature,
         logit_scale=model.generator.logit_scale,
