@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from t5x_domain.errors import UserError
+from t5x_domain.kernels.cross_entropy import TokenScores
 from t5x_domain.kernels.sample import sample_tokens
 from t5x_domain.models.rtd import ReplacedTokenDetection
 from t5x_domain.objectives.losses import target_scores, total
@@ -69,49 +70,30 @@ def replaced_token_detection_loss(
             f"replaced_token_detection_loss.temperature = {temperature}, .max_share = {max_share}: the temperature "
             "must be above 0, the share above 0 and at most 1."
         )
-    generator_rng, sampling_key, detection_rng = (None, jax.random.key(0), None)
-    if rng is not None:
-        generator_rng, sampling_key, detection_rng = jax.random.split(rng, 3)
-
+    generator_rng, detection_rng = (None, None) if rng is None else jax.random.split(rng)
     chosen = Chosen.of(batch, max_share)
-    hidden = _generator_states(model, batch, chosen, generator_rng)
-    generator_loss, scores = target_scores(
-        model.generator, hidden, chosen.targets, chosen.weights.astype(jnp.float32), z_loss=z_loss
+    generator_loss, scores, samples = _generate(
+        model.generator, batch, chosen, generator_rng, temperature, sampling_dropout, z_loss
     )
-    if not sampling_dropout and rng is not None and model.config.dropout_rate:
-        hidden = _generator_states(model, batch, chosen, None)
-    samples = sample_tokens(
-        hidden,
-        model.generator.output_kernel,
-        sampling_key,
-        temperature=temperature,
-        logit_scale=model.generator.logit_scale,
-        softcap=model.generator.config.final_logit_softcap,
-    )
-
     original = batch["encoder_target_tokens"]
     tokens = chosen.replace(original, samples)
     replaced = tokens != original
     logits = model.head(model(**_inputs(model, batch, tokens), rng=detection_rng))
     name = "encoder_loss_weights" if masked_only else "encoder_token_weights"
     weights = batch[name]
-    nll = (jax.nn.softplus(logits) - replaced * logits) * weights * (chosen.with_room if masked_only else 1)
+    nll = (jax.nn.softplus(logits) - replaced * logits) * weights
     detection_loss = nll.sum()
     # The step divides by the sum of `weights`: what this leaves of the generator's part is 1 / positions chosen.
     ratio = total(batch, name) / jnp.maximum(total(batch, "encoder_loss_weights"), 1)
-    value = generator_loss * ratio.astype(generator_loss.dtype) + detection_weight * detection_loss
     component = jax.nn.one_hot(batch["component_ids"], num_components, dtype=jnp.float32)
     detected = logits > 0
-    return value, {
+    return generator_loss * ratio.astype(generator_loss.dtype) + detection_weight * detection_loss, {
         "weight": weights.sum(),
         "nll": detection_loss,
         "correct": ((detected == replaced) * weights).sum(),
         "component_nll": jnp.einsum("bs,bsc->c", nll, component),
         "component_weight": jnp.einsum("bs,bsc->c", weights, component),
-        "ratios": {
-            **_generator_ratios(scores, chosen, batch),
-            **_detection_ratios(detected, replaced, weights),
-        },
+        "ratios": _generator_ratios(scores, chosen, batch) | _detection_ratios(detected, replaced, weights),
     }
 
 
@@ -157,12 +139,31 @@ def _inputs(model: Any, batch: Batch, tokens: jax.Array) -> dict[str, jax.Array]
     return {**{name: batch[name] for name in model.inputs if name in batch}, "encoder_input_tokens": tokens}
 
 
-def _generator_states(model: Any, batch: Batch, chosen: Chosen, rng: jax.Array | None) -> jax.Array:
-    """[B, K, D] of the generator."""
-    return chosen.gather(model.generator(**_inputs(model.generator, batch, batch["encoder_input_tokens"]), rng=rng))
+def _generate(
+    generator: Any,
+    batch: Batch,
+    chosen: Chosen,
+    rng: jax.Array | None,
+    temperature: float,
+    sampling_dropout: bool,
+    z_loss: float,
+) -> tuple[jax.Array, TokenScores, jax.Array]:
+    """The generator's summed loss, its scores [B, K], and the tokens [B, K] that it draws."""
+    dropout_rng, key = (None, jax.random.key(0)) if rng is None else jax.random.split(rng)
+
+    def states(rng: jax.Array | None) -> jax.Array:
+        return chosen.gather(generator(**_inputs(generator, batch, batch["encoder_input_tokens"]), rng=rng))
+
+    hidden = states(dropout_rng)
+    weights = chosen.weights.astype(jnp.float32)
+    loss, scores = target_scores(generator, hidden, chosen.targets, weights, z_loss=z_loss)
+    if not sampling_dropout and rng is not None and generator.config.dropout_rate:
+        hidden = states(None)
+    options = {"logit_scale": generator.logit_scale, "softcap": generator.config.final_logit_softcap}
+    return loss, scores, sample_tokens(hidden, generator.output_kernel, key, temperature=temperature, **options)
 
 
-def _generator_ratios(scores: Any, chosen: Chosen, batch: Batch) -> dict[str, jax.Array]:
+def _generator_ratios(scores: TokenScores, chosen: Chosen, batch: Batch) -> dict[str, jax.Array]:
     predicted, wanted = chosen.weights.sum(), batch["encoder_loss_weights"].sum()
     return {
         "generator_loss": _pair((scores.nll * chosen.weights).sum(), predicted),
@@ -172,7 +173,7 @@ def _generator_ratios(scores: Any, chosen: Chosen, batch: Batch) -> dict[str, ja
 
 
 def _detection_ratios(detected: jax.Array, replaced: jax.Array, weights: jax.Array) -> dict[str, jax.Array]:
-    found, said, there = (((mask * weights).sum()) for mask in (detected & replaced, detected, replaced))
+    found, said, there = ((mask * weights).sum() for mask in (detected & replaced, detected, replaced))
     return {
         "share_replaced": _pair(there, weights.sum()),
         "precision": _pair(found, said),
