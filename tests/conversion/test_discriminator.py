@@ -6,6 +6,8 @@ import pytest
 from small_models import CONFIG, SHAPE, all_bits, bits, random_checkpoint
 
 from t5x_domain.conversion.checkpoint import SecondMoments
+from t5x_domain.conversion.formats import write_checkpoint
+from t5x_domain.conversion.huggingface import open_huggingface, require_exportable
 from t5x_domain.conversion.native import open_native, write_native
 from t5x_domain.conversion.rtd import discriminator, remaining_model
 from t5x_domain.errors import UserError
@@ -82,3 +84,17 @@ def test_a_run_goes_on_from_both_models_only_with_the_same_sharing():
     other = dataclasses.replace(CONFIG, rtd_embedding_sharing="tied")
     with pytest.raises(UserError, match="rtd_embedding_sharing is 'gdes' there and 'tied' in this run"):
         restore_params(trained("gdes"), blueprint(ReplacedTokenDetection, other))
+
+
+def test_the_encoder_goes_to_hugging_face_and_back_to_the_bit(tmp_path):
+    config = dataclasses.replace(CONFIG, embedding_dim=None)
+    encoder = discriminator(random_checkpoint(ReplacedTokenDetection, config))
+    write_checkpoint(encoder, str(tmp_path / "hf"), "huggingface")
+    again = open_huggingface(str(tmp_path / "hf"))
+    assert again.model is EncoderOnly
+    assert all_bits(again) == all_bits(encoder)
+
+
+def test_a_narrow_embedding_is_no_model_of_hugging_face():
+    with pytest.raises(UserError, match=r"no Hugging Face T5 model .* ModelConfig\.embedding_dim = 4 \(not None\)"):
+        require_exportable(*remaining_model(ReplacedTokenDetection, CONFIG), None)
