@@ -139,7 +139,8 @@ class Updates(ParameterGroup):
       freeze: regular expressions of parameter names that do not learn.
       groups: rules of their own by regular expressions of parameter names, the first that matches:
         {"^generator/": @ParameterGroup()} decouples a generator from its discriminator. All update in the same step,
-        but each group has its own optimizer and schedule and is clipped by its own norm. None for no group.
+        but each group has its own optimizer and schedule, which a phase's does not replace, and is clipped by its own
+        norm. None for no group.
     """
 
     freeze: Sequence[str] = ()
