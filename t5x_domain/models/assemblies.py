@@ -21,7 +21,7 @@ class LanguageModel(nnx.Module):
     """What the assemblies share: the embedding and its use as output."""
 
     inputs: tuple[str, ...]  # features of a batch that __call__ takes
-    target_side = "decoder"  # whose `…_target_tokens` and `…_loss_weights` it learns from
+    target_side: str  # "encoder" or "decoder": which features hold what the hidden states are to predict
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
         """Builds the embedding."""
@@ -64,6 +64,7 @@ class EncoderDecoder(LanguageModel):
         "decoder_segment_ids",
         "decoder_positions",
     )
+    target_side = "decoder"
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
         """Builds both stacks."""
@@ -106,6 +107,7 @@ class DecoderOnly(LanguageModel):
     """One causal stack; tokens marked as prefix are seen by their whole segment (prefix LM)."""
 
     inputs = ("decoder_input_tokens", "decoder_segment_ids", "decoder_positions", "decoder_prefix")
+    target_side = "decoder"
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
         """Builds the stack of `config.num_decoder_layers` blocks."""
