@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from t5x_domain.errors import UserError
+from t5x_domain.objectives.losses import ratios
 
 
 def held_out_scores(
@@ -27,23 +28,24 @@ def held_out_scores(
 
     Returns:
       `loss` (nats per target), `perplexity` (its exponential), `bits_per_byte` (of the text that the targets stand
-      for, at the corpus's average bytes per token), `accuracy` (share of targets with the largest logit), `targets`.
+      for, at the corpus's average bytes per token), `accuracy` (share of targets with the largest logit), `targets`,
+      and the loss's own ratios.
 
     Raises:
       UserError: there is no target.
     """
-    sums = {"nll": 0.0, "correct": 0.0, "weight": 0.0}
     # Launch everything before reading anything, so that the device never waits for the host.
-    for result in jax.device_get([eval_step(params, batch) for batch in batches]):
-        for name in sums:
-            sums[name] += float(np.float64(result[name]))
+    results = jax.device_get([eval_step(params, batch) for batch in batches])
+    add = lambda *values: np.sum(values, axis=0, dtype=np.float64)  # noqa: E731
+    sums = jax.tree.map(add, *results) if results else {"weight": 0}
     if sums["weight"] == 0:
         raise UserError("the held-out batches have no target to score; set Run.eval_split to a split with documents.")
-    loss = sums["nll"] / sums["weight"]
+    loss = float(sums["nll"] / sums["weight"])
     return {
         "loss": loss,
         "perplexity": math.exp(min(loss, 700.0)),
         "bits_per_byte": loss / math.log(2) / bytes_per_token,
-        "accuracy": sums["correct"] / sums["weight"],
+        "accuracy": float(sums["correct"] / sums["weight"]),
         "targets": int(sums["weight"]),
+        **ratios(sums),
     }

@@ -33,9 +33,14 @@ class LanguageModel(nnx.Module):
         """Factor of the logits: 1/sqrt(embed_dim) in T5 1.0, else 1."""
         return self.config.embed_dim**-0.5 if self.config.scale_logits else 1.0
 
+    @property
+    def output_kernel(self) -> jax.Array:
+        """[vocab_size, embed_dim] float32: hidden states times its transpose, scaled and capped, are the logits."""
+        return self.embedding.output_kernel
+
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[B, T, embed_dim] -> [B, T, vocab_size] float32. For losses use `kernels.cross_entropy`, which holds none."""
-        kernel = self.embedding.output_kernel.astype(hidden.dtype)
+        kernel = self.output_kernel.astype(hidden.dtype)
         logits = self.logit_scale * jnp.einsum(
             "btd,vd->btv", hidden, kernel, preferred_element_type=accumulator(hidden.dtype)
         )

@@ -72,10 +72,28 @@ def target_scores(
     """As `token_scores`, of hidden states [B, T, embed_dim] that the model has already computed."""
     return cross_entropy(
         hidden,
-        model.embedding.output_kernel,
+        model.output_kernel,
         targets,
         weights,
         logit_scale=model.logit_scale,
         softcap=model.config.final_logit_softcap,
         **options,
     )
+
+
+def weight_totals(batch: Batch) -> dict[str, jax.Array]:
+    """Sums of the features of weights, to go with the parts that a batch is cut into, for `total`."""
+    return {f"{name}_total": weights.sum() for name, weights in batch.items() if name.endswith("_weights")}
+
+
+def total(batch: Batch, name: str) -> jax.Array:
+    """Sum of a feature of weights over the batch, or over the whole batch that it is a part of.
+
+    A loss of several terms divides each by a total of its own; a part's own sum would weigh the parts unevenly.
+    """
+    return batch[f"{name}_total"] if f"{name}_total" in batch else batch[name].sum()
+
+
+def ratios(sums: Mapping[str, Any]) -> dict[str, float | None]:
+    """What a loss reports as `ratios`, pairs of sums by name, as numbers; None where the second is 0."""
+    return {name: float(a / b) if b else None for name, (a, b) in sums.get("ratios", {}).items()}

@@ -21,6 +21,7 @@ from t5x_domain.data.tasks import Component
 from t5x_domain.errors import UserError
 from t5x_domain.files import write_atomically
 from t5x_domain.models.names import path_name
+from t5x_domain.objectives.losses import ratios
 from t5x_domain.training.checkpoint import Checkpoints
 from t5x_domain.training.export import export, require_free_export
 from t5x_domain.training.feed import Feed
@@ -215,6 +216,7 @@ class Meter:
             "corpus_loss": self._losses(values, lambda component: component.corpus.name),
             "denoiser_loss": self._losses(values, lambda component: component.objective.name),
             "raw_tokens": raw_tokens,
+            **ratios(values),
         }
 
     def _losses(self, values: Mapping[str, np.ndarray], of: Callable[[Component], str]) -> dict[str, float | None]:

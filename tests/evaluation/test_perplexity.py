@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from t5x_domain.data import packing
+from t5x_domain.errors import UserError
 from t5x_domain.evaluation.perplexity import held_out_scores
 from t5x_domain.models.assemblies import EncoderDecoder, EncoderOnly
 from t5x_domain.models.config import ModelConfig
@@ -31,6 +32,22 @@ def test_scores_by_hand():
         "accuracy": 0.75,
         "targets": 4,
     }
+
+
+def test_ratios_of_a_loss_are_those_of_its_sums():
+    # 1 of 2 and 5 of 6 are 6 of 8, where the mean of the ratios would be 2/3; nothing of nothing is no number.
+    pairs = [np.array([1.0, 2.0]), np.array([5.0, 6.0])]
+    batches = [
+        {"nll": 1.0, "correct": 1.0, "weight": 1.0, "ratios": {"recall": pair, "precision": np.zeros(2)}}
+        for pair in pairs
+    ]
+    scores = held_out_scores(lambda _, batch: batch, None, batches, bytes_per_token=1.0)
+    assert (scores["recall"], scores["precision"]) == (0.75, None)
+
+
+def test_no_batch_is_refused():
+    with pytest.raises(UserError, match="no target to score"):
+        held_out_scores(lambda _, batch: batch, None, [], bytes_per_token=1.0)
 
 
 def test_perplexity_of_a_diverged_model_is_finite():
