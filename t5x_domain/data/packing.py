@@ -71,7 +71,7 @@ class Layout(abc.ABC):
             return
         if self.target_side == "encoder":
             raise UserError(
-                f"Run.model = {type(self).__name__} has no decoder to write the targets of '{objective.name}' with; "
+                f"Run.model is an encoder alone, which cannot write the targets of '{objective.name}'; "
                 "set MODEL = @EncoderDecoder or @DecoderOnly, or learn MaskedLM (gin/mixtures/mlm.gin)."
             )
         raise UserError(

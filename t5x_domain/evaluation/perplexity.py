@@ -1,4 +1,4 @@
-"""Held-out perplexity and bits per byte, by corpus."""
+"""Held-out scores by corpus: perplexity and bits per byte of predicted tokens, the loss of anything else."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -27,9 +27,10 @@ def held_out_scores(
       bytes_per_token: UTF-8 bytes of the corpus by its tokens.
 
     Returns:
-      `loss` (nats per target), `perplexity` (its exponential), `bits_per_byte` (of the text that the targets stand
-      for, at the corpus's average bytes per token), `accuracy` (share of targets with the largest logit), `targets`,
-      and the loss's own ratios.
+      `loss` (nats per target), `accuracy` (share of targets that are right), `targets`, and the loss's own ratios. Of
+      a loss that predicts tokens, which reports `nll`, also `perplexity` (the loss's exponential) and `bits_per_byte`
+      (of the text that the targets stand for, at the corpus's average bytes per token); one that makes binary decisions
+      reports `binary_nll`, whose exponential says nothing about text.
 
     Raises:
       UserError: there is no target.
@@ -40,12 +41,16 @@ def held_out_scores(
     sums = jax.tree.map(add, *results) if results else {"weight": 0}
     if sums["weight"] == 0:
         raise UserError("the held-out batches have no target to score; set Run.eval_split to a split with documents.")
-    loss = float(sums["nll"] / sums["weight"])
-    return {
-        "loss": loss,
-        "perplexity": math.exp(min(loss, 700.0)),
-        "bits_per_byte": loss / math.log(2) / bytes_per_token,
-        "accuracy": float(sums["correct"] / sums["weight"]),
-        "targets": int(sums["weight"]),
-        **ratios(sums),
-    }
+    of_tokens = "nll" in sums
+    loss = float(sums["nll" if of_tokens else "binary_nll"] / sums["weight"])
+    scores = {"loss": loss, "accuracy": float(sums["correct"] / sums["weight"]), "targets": int(sums["weight"])}
+    if of_tokens:
+        scores |= {"perplexity": math.exp(min(loss, 700.0)), "bits_per_byte": loss / math.log(2) / bytes_per_token}
+    return scores | ratios(sums)
+
+
+def headline(scores: Mapping[str, float]) -> tuple[str, str]:
+    """Name and value of what to show of a corpus's scores if there is room for one."""
+    if "perplexity" in scores:
+        return "perplexity", f"{scores['perplexity']:.2f}"
+    return "loss", f"{scores['loss']:.4f}"

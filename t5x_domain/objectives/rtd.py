@@ -53,7 +53,7 @@ def replaced_token_detection_loss(
 
     Returns:
       The sum to differentiate (float32 scalar), and sums to report, of detection: `weight` (tokens, or positions
-      chosen), `nll` (nats), `correct`, `component_nll`, `component_weight` [num_components]. And `ratios`, pairs [2] of
+      chosen), `binary_nll` (nats), `correct`, `component_nll`, `component_weight` [num_components]. And `ratios`, pairs [2] of
       numerator and denominator that add up: `generator_loss` (nats), `generator_accuracy`, `share_replaced`,
       `precision`, `recall` and `f1` of the replaced tokens, `without_room`.
 
@@ -89,7 +89,7 @@ def replaced_token_detection_loss(
     detected = logits > 0
     return generator_loss * ratio.astype(generator_loss.dtype) + detection_weight * detection_loss, {
         "weight": weights.sum(),
-        "nll": detection_loss,
+        "binary_nll": detection_loss,
         "correct": ((detected == replaced) * weights).sum(),
         "component_nll": jnp.einsum("bs,bsc->c", nll, component),
         "component_weight": jnp.einsum("bs,bsc->c", weights, component),

@@ -16,6 +16,7 @@ from t5x_domain.data.tasks import AS_TRAINED, Component, Corpus, Mixture
 from t5x_domain.errors import UserError
 from t5x_domain.evaluation.perplexity import held_out_scores
 from t5x_domain.models.assemblies import DecoderOnly, EncoderDecoder, EncoderOnly
+from t5x_domain.models.rtd import ReplacedTokenDetection
 from t5x_domain.parallel.sharding import sharding
 from t5x_domain.training.run import Run
 
@@ -24,6 +25,7 @@ LAYOUTS = {
     EncoderDecoder: packing.EncoderDecoder(),
     DecoderOnly: packing.DecoderOnly(),
     EncoderOnly: packing.EncoderOnly(),
+    ReplacedTokenDetection: packing.EncoderOnly(),
 }
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from t5x_domain.data import packing
 from t5x_domain.errors import UserError
-from t5x_domain.evaluation.perplexity import held_out_scores
+from t5x_domain.evaluation.perplexity import headline, held_out_scores
 from t5x_domain.models.assemblies import EncoderDecoder, EncoderOnly
 from t5x_domain.models.config import ModelConfig
 from t5x_domain.objectives.losses import language_model_loss
@@ -43,6 +43,14 @@ def test_ratios_of_a_loss_are_those_of_its_sums():
     ]
     scores = held_out_scores(lambda _, batch: batch, None, batches, bytes_per_token=1.0)
     assert (scores["recall"], scores["precision"]) == (0.75, None)
+
+
+def test_binary_decisions_have_no_perplexity():
+    batches = [{"binary_nll": 1.0, "correct": 3.0, "weight": 4.0}, {"binary_nll": 2.0, "correct": 1.0, "weight": 2.0}]
+    scores = held_out_scores(lambda _, batch: batch, None, batches, bytes_per_token=1.0)
+    assert scores == {"loss": pytest.approx(0.5), "accuracy": pytest.approx(4 / 6), "targets": 6}
+    assert headline(scores) == ("loss", "0.5000")
+    assert headline({**scores, "perplexity": 12.3456}) == ("perplexity", "12.35")
 
 
 def test_no_batch_is_refused():

@@ -165,7 +165,7 @@ def test_objective_and_model_must_fit(packing):
             batches(layout=layout, packing=packing, lengths={"inputs": 64, "targets": 64})
     for preset, objective in (("t5", "r3_15"), ("ul2_442", "r3_15"), ("prefix_lm", "s_uniform"), ("causal_lm", "c")):
         mixture = mixture_of_denoisers([LAW], denoisers=preset, mode_form=None)
-        message = f"Run.model = EncoderOnly has no decoder to write the targets of '{objective}'.*set MODEL = @Enc"
+        message = f"Run.model is an encoder alone, which cannot write the targets of '{objective}'.*set MODEL = @Enc"
         with pytest.raises(UserError, match=message):
             Batches(
                 [Split()],

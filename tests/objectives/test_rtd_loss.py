@@ -109,7 +109,7 @@ def test_loss_and_counts_against_numpy(sharing, masked_only):
     # float32 sums of 16 x 24 terms near 1: 384 u relative, u = 2^-24; those of the hidden states a few times that.
     assert float(value / sums["weight"]) == pytest.approx(wanted, rel=4 * 384 * 2.0**-24)
     assert ratios(jax.device_get(sums)) == pytest.approx(counts, rel=4 * 384 * 2.0**-24)
-    assert sums["component_nll"].sum() == pytest.approx(float(sums["nll"]), rel=384 * 2.0**-24)
+    assert sums["component_nll"].sum() == pytest.approx(float(sums["binary_nll"]), rel=384 * 2.0**-24)
     assert sums["component_weight"].sum() == sums["weight"]
 
 
