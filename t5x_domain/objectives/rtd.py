@@ -53,8 +53,8 @@ def replaced_token_detection_loss(
 
     Returns:
       The sum to differentiate (float32 scalar), and sums to report, of detection: `weight` (tokens, or positions
-      chosen), `binary_nll` (nats), `correct`, `component_nll`, `component_weight` [num_components]. And `ratios`, pairs [2] of
-      numerator and denominator that add up: `generator_loss` (nats), `generator_accuracy`, `share_replaced`,
+      chosen), `binary_nll` (nats), `correct`, `component_nll`, `component_weight` [num_components]. And `ratios`, pairs
+      [2] of numerator and denominator that add up: `generator_loss` (nats), `generator_accuracy`, `share_replaced`,
       `precision`, `recall` and `f1` of the replaced tokens, `without_room`.
 
     Raises:
