@@ -34,7 +34,8 @@ def _shape(checkpoint: Checkpoint) -> str:
     config = checkpoint.config
     shapes = part_shapes(checkpoint.model, config)
     stacks = {"encoder": config.num_encoder_layers, "decoder": config.num_decoder_layers}
-    layers = " + ".join(f"{count} {stack}" for stack, count in stacks.items() if count)
+    has = {name.partition("/")[0] for name in shapes}  # a model of one stack does not look at the other's count
+    layers = " + ".join(f"{count} {stack}" for stack, count in stacks.items() if stack in has)
     rows = {
         "parameters": f"{sum(math.prod(shape) for shape in shapes.values()):,}",
         "layers": layers,

@@ -53,4 +53,4 @@ def headline(scores: Mapping[str, float]) -> tuple[str, str]:
     """Name and value of what to show of a corpus's scores if there is room for one."""
     if "perplexity" in scores:
         return "perplexity", f"{scores['perplexity']:.2f}"
-    return "loss", f"{scores['loss']:.4f}"
+    return "binary cross-entropy", f"{scores['loss']:.4f}"

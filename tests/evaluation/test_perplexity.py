@@ -49,7 +49,7 @@ def test_binary_decisions_have_no_perplexity():
     batches = [{"binary_nll": 1.0, "correct": 3.0, "weight": 4.0}, {"binary_nll": 2.0, "correct": 1.0, "weight": 2.0}]
     scores = held_out_scores(lambda _, batch: batch, None, batches, bytes_per_token=1.0)
     assert scores == {"loss": pytest.approx(0.5), "accuracy": pytest.approx(4 / 6), "targets": 6}
-    assert headline(scores) == ("loss", "0.5000")
+    assert headline(scores) == ("binary cross-entropy", "0.5000")
     assert headline({**scores, "perplexity": 12.3456}) == ("perplexity", "12.35")
 
 
