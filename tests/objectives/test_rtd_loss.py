@@ -6,6 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from exact import MESHES, assert_exact, loss_and_gradients
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxpr_shapes import intermediate_shapes
 from tiny import CONFIG, blueprint, masked_batch, mesh
 
@@ -20,11 +22,19 @@ from t5x_domain.objectives.rtd import Chosen, replaced_token_detection_loss
 from t5x_domain.parallel.sharding import use_mesh
 
 CONFIG = dataclasses.replace(
-    CONFIG, num_decoder_layers=0, tie_embeddings=True, scale_logits=True, rtd_generator_width=0.5
+    CONFIG,
+    embedding_dim=32,
+    num_encoder_layers=1,
+    num_decoder_layers=0,
+    scan_layers=False,
+    tie_embeddings=True,
+    scale_logits=True,
+    rtd_generator_width=0.5,
 )
 LOSS = functools.partial(replaced_token_detection_loss, num_components=2, max_share=0.5)
 
 
+@functools.cache
 def made(**options):
     """Model and parameters; the difference of embeddings is not 0, as after some steps."""
     plan = blueprint(model=ReplacedTokenDetection, config=dataclasses.replace(CONFIG, **options))
@@ -37,7 +47,7 @@ def made(**options):
 
 @pytest.fixture(scope="module")
 def gdes():
-    return made()
+    return made(rtd_embedding_sharing="gdes")
 
 
 # --- which positions, which labels ---
@@ -60,26 +70,30 @@ def test_chosen_positions_samples_and_labels_by_hand():
 # --- the value ---
 
 
-def by_numpy(plan, params, rows, masked_only):
-    """The loss of equations 1 to 5 of Clark et al. 2020 from the outputs of both models, in float64, and the counts."""
+def outputs(plan, params, rows):
+    """What both models compute, float64: log p [B, S, V] of the generator, tokens [B, S], logits [B, S]."""
     model = plan.merge(params)
-    names = ("encoder_segment_ids", "encoder_positions")
-    more = {name: rows[name] for name in names}
-    chosen = rows["encoder_loss_weights"] > 0
+    more = {name: rows[name] for name in ("encoder_segment_ids", "encoder_positions")}
+
+    @jax.jit
+    def generated():
+        hidden, generator = model.generator(rows["encoder_input_tokens"], **more), model.generator
+        gathered, scale = Chosen.of(rows, 0.5).gather(hidden), generator.logit_scale
+        samples = sample_tokens(gathered, generator.output_kernel, jax.random.key(0), logit_scale=scale)
+        return jax.nn.log_softmax(generator.logits(hidden)), samples
+
     with use_mesh(plan.mesh):
-        hidden = model.generator(rows["encoder_input_tokens"], **more)
-        log_p = np.asarray(jax.nn.log_softmax(model.generator.logits(hidden)), np.float64)
-        picked = Chosen.of(rows, 0.5)
-        samples = sample_tokens(
-            picked.gather(hidden),
-            model.generator.output_kernel,
-            jax.random.key(0),
-            logit_scale=model.generator.logit_scale,
-        )
+        log_p, samples = (np.asarray(array) for array in generated())
         tokens = rows["encoder_target_tokens"].copy()
-        for row, where in enumerate(chosen):
+        for row, where in enumerate(rows["encoder_loss_weights"] > 0):
             tokens[row, where] = samples[row, : where.sum()]
-        logits = np.asarray(model.head(model(tokens, **more)), np.float64)
+        logits = np.asarray(jax.jit(lambda tokens: model.head(model(tokens, **more)))(tokens), np.float64)
+    return log_p.astype(np.float64), tokens, logits
+
+
+def by_numpy(rows, log_p, tokens, logits, masked_only):
+    """The loss of equations 1 to 5 of Clark et al. 2020 in float64, and the counts."""
+    chosen = rows["encoder_loss_weights"] > 0
     nll = -np.take_along_axis(log_p, rows["encoder_target_tokens"][..., None], -1)[..., 0]
     replaced = tokens != rows["encoder_target_tokens"]
     p = 1 / (1 + np.exp(-logits))
@@ -99,24 +113,26 @@ def by_numpy(plan, params, rows, masked_only):
     }
 
 
-@pytest.mark.parametrize(("sharing", "masked_only"), [("gdes", False), ("tied", True)])
-def test_loss_and_counts_against_numpy(sharing, masked_only):
-    plan, params = made(rtd_embedding_sharing=sharing)
-    rows = masked_batch()
+def test_loss_and_counts_against_numpy(gdes):
+    plan, params = gdes
+    rows, both = masked_batch(), (False, True)
     with use_mesh(plan.mesh):
-        value, sums = jax.jit(lambda p: LOSS(plan.merge(p), rows, None, masked_only=masked_only))(params)
-    wanted, counts = by_numpy(plan, params, rows, masked_only)
-    # float32 sums of 16 x 24 terms near 1: 384 u relative, u = 2^-24; those of the hidden states a few times that.
-    assert float(value / sums["weight"]) == pytest.approx(wanted, rel=4 * 384 * 2.0**-24)
-    assert ratios(jax.device_get(sums)) == pytest.approx(counts, rel=4 * 384 * 2.0**-24)
-    assert sums["component_nll"].sum() == pytest.approx(float(sums["binary_nll"]), rel=384 * 2.0**-24)
-    assert sums["component_weight"].sum() == sums["weight"]
+        found = jax.jit(lambda p: [LOSS(plan.merge(p), rows, None, masked_only=only) for only in both])(params)
+    computed = outputs(plan, params, rows)
+    for masked_only, (value, sums) in zip(both, found, strict=True):
+        wanted, counts = by_numpy(rows, *computed, masked_only)
+        # float32 sums of 16 x 24 terms near 1: 384 u relative, u = 2^-24; those of the hidden states a few times that.
+        assert float(value / sums["weight"]) == pytest.approx(wanted, rel=4 * 384 * 2.0**-24)
+        assert ratios(jax.device_get(sums)) == pytest.approx(counts, rel=4 * 384 * 2.0**-24)
+        assert sums["component_nll"].sum() == pytest.approx(float(sums["binary_nll"]), rel=384 * 2.0**-24)
+        assert sums["component_weight"].sum() == sums["weight"]
 
 
 def test_positions_without_room_are_counted_and_keep_their_token(gdes):
     plan, params = gdes
     rows = masked_batch()
-    sums = LOSS(plan.merge(params), rows, None, max_share=1 / 24)[1]  # room for one in a row, and each row has one
+    # Room for one in a row, and each row has one.
+    sums = jax.jit(lambda params: LOSS(plan.merge(params), rows, None, max_share=1 / 24)[1])(params)
     chosen = rows["encoder_loss_weights"].sum()
     np.testing.assert_array_equal(sums["ratios"]["without_room"], [chosen - 16, chosen])
     assert sums["ratios"]["share_replaced"][0] <= 16
@@ -145,7 +161,7 @@ def gradients(plan, params, *detection_weights):
 @pytest.mark.parametrize("sharing", ["gdes", "none", "tied"])
 def test_where_each_loss_reaches(sharing):
     """Nothing flows through sampling, so the generator learns from its own loss alone; unless its table is tied."""
-    plan, params = made(rtd_embedding_sharing=sharing, embedding_dim=32)
+    plan, params = made(rtd_embedding_sharing=sharing)
     both, generators = gradients(plan, params, 50.0, 0.0)
     table = "generator/embedding/embedding"
     for name in both:
@@ -163,41 +179,53 @@ def test_where_each_loss_reaches(sharing):
 # --- devices, parts of a batch, dropout ---
 
 
+LIKELIEST = functools.partial(LOSS, temperature=1e-9)  # parts of a batch have keys of their own
+
+
 @pytest.fixture(scope="module")
 def exact():
     """In float64: parameters, and loss and gradients of one device."""
     config = dataclasses.replace(CONFIG, dtype="float64")
     with jax.enable_x64(True):
         plan = blueprint(model=ReplacedTokenDetection, config=config)
-        params = jax.tree.map(lambda p: np.asarray(p, np.float64), made()[1])
-        return config, params, loss_and_gradients(plan, LOSS, params, masked_batch())
+        params = jax.tree.map(lambda p: np.asarray(p, np.float64), made(rtd_embedding_sharing="gdes")[1])
+        return config, params, loss_and_gradients(plan, LIKELIEST, params, masked_batch())
 
 
 @pytest.mark.parametrize("shape", ["fsdp", "sequence"])
 def test_loss_and_gradients_do_not_depend_on_the_mesh(exact, shape):
-    """What is sampled neither: one token drawn otherwise would be off by 1/384 of the detection."""
     config, params, wanted = exact
     with jax.enable_x64(True):
         plan = blueprint(mesh(**MESHES[shape]), ReplacedTokenDetection, config)
-        assert_exact(loss_and_gradients(plan, LOSS, params, masked_batch()), wanted)
+        assert_exact(loss_and_gradients(plan, LIKELIEST, params, masked_batch()), wanted)
+
+
+def test_what_is_sampled_does_not_depend_on_the_mesh():
+    rng, devices = np.random.default_rng(3), mesh(**MESHES["fsdp"])
+    hidden, kernel = (rng.standard_normal(shape).astype(np.float32) for shape in ((16, 12, 8), (512, 8)))
+    draw = jax.jit(sample_tokens)
+    wanted = draw(hidden, kernel, jax.random.key(0))
+    split = [jax.device_put(array, NamedSharding(devices, P("fsdp"))) for array in (hidden, kernel)]
+    with use_mesh(devices):
+        np.testing.assert_array_equal(draw(*split, jax.random.key(0)), wanted)
 
 
 def test_accumulation_equals_the_large_batch(exact):
-    """The parts have other numbers of chosen positions and tokens. The likeliest token is the same in any part."""
-    config, params, _ = exact
-    loss, rows = functools.partial(LOSS, temperature=1e-9), masked_batch()
+    """The parts have other numbers of chosen positions and tokens."""
+    config, params, wanted = exact
+    rows = masked_batch()
     chosen, tokens = (rows[f"encoder_{name}_weights"] for name in ("loss", "token"))
     assert chosen[::2].sum() / chosen.sum() != tokens[::2].sum() / tokens.sum()
     with jax.enable_x64(True):
         plan = blueprint(model=ReplacedTokenDetection, config=config)
-        whole, parts = (loss_and_gradients(plan, loss, params, rows, accumulation_steps=n) for n in (1, 2))
-        assert_exact(parts, whole)
+        assert_exact(loss_and_gradients(plan, LIKELIEST, params, rows, accumulation_steps=2), wanted)
 
 
 @pytest.mark.parametrize("sampling_dropout", [False, True])
 def test_sampling_with_and_without_dropout(monkeypatch, sampling_dropout):
     """Towards temperature 0 only dropout makes what is drawn depend on the key; the generator learns with it anyway."""
-    plan, params = made(dropout_rate=0.5)
+    plan = blueprint(model=ReplacedTokenDetection, config=dataclasses.replace(CONFIG, dropout_rate=0.5))
+    params = made(rtd_embedding_sharing="gdes")[1]
     drawn = []
     monkeypatch.setattr(
         rtd, "sample_tokens", lambda *args, **more: drawn.append(sample_tokens(*args, **more)) or drawn[-1]
