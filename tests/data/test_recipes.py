@@ -245,7 +245,7 @@ def test_replaced_token_detection_on_eight_devices(two_corpora, monkeypatch, cap
     from t5x_domain.training import loop
     from t5x_domain.training.run import Run
 
-    files = ["models/tiny", "mixtures/sample", "runs/pretrain", "recipes/rtd"]
+    files = ["models/tiny", "mixtures/sample", "runs/rtd"]
     settings = [
         "MODEL = @ReplacedTokenDetection",
         "Run.packing = 'first_fit'",
