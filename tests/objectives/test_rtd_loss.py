@@ -245,11 +245,11 @@ def test_a_discriminator_is_no_masked_language_model(gdes):
     plan, params = gdes
     rows = {name.replace("encoder_", "decoder_"): value for name, value in masked_batch().items()} | masked_batch()
     with pytest.raises(UserError, match="predicts no tokens; set Run.loss = @replaced_token_detection_loss, or MODEL"):
-        language_model_loss(plan.merge(params), rows, None, num_components=2)
+        jax.eval_shape(lambda p: language_model_loss(plan.merge(p), rows, None, num_components=2), params)
 
 
 @pytest.mark.parametrize(("model", "layers"), [(DecoderOnly, {"num_decoder_layers": 1}), (EncoderOnly, {})])
 def test_another_model_is_refused(model, layers):
     plan = blueprint(model=model, config=dataclasses.replace(CONFIG, **layers))
     with pytest.raises(UserError, match=f"{model.__name__} has no generator .* set MODEL = @ReplacedTokenDetection"):
-        LOSS(plan.merge(plan.init(0)), masked_batch(), None)
+        LOSS(plan.merge(plan.shapes), masked_batch(), None)
