@@ -87,9 +87,9 @@ def train_step(devices, gin_file, model, changes, mesh, batch_size, lengths):
     plan = Blueprint(getattr(assemblies, model), config, mesh)
     transform = Updates(Adafactor(), constant(0.01)).build(plan.axes)
     step = make_train_step(plan, functools.partial(language_model_loss, num_components=1), transform, seed=0)
-    side_of_targets = "decoder" if "decoder" in lengths else "encoder"
+    side = plan.model_class.target_side
     sides = {name: name.partition("_")[0] for name in plan.model_class.inputs}
-    sides |= dict.fromkeys(("decoder_target_tokens", "decoder_loss_weights", "component_ids"), side_of_targets)
+    sides |= dict.fromkeys((f"{side}_target_tokens", f"{side}_loss_weights", "component_ids"), side)
 
     def feature(name, side):
         shape, dtype = (batch_size, lengths[side]), jnp.float32 if "weights" in name else jnp.int32

@@ -48,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _convert(flags: argparse.Namespace, bindings: Sequence[str]) -> None:
     from t5x_domain.conversion import folders, formats
+    from t5x_domain.conversion.rtd import discriminator
 
     cli.quiet_libraries()
     _require_use_of_flags(flags)
@@ -57,7 +58,8 @@ def _convert(flags: argparse.Namespace, bindings: Sequence[str]) -> None:
         raise UserError(f"--skip_tokenizer is for Hugging Face folders; --from={flags.source} is {source_format}.")
     if flags.check:
         _require_checkable(flags, source_format)
-    checkpoint = formats.open_checkpoint(flags.source, source_format, **_options(flags, bindings, source_format))
+    opened = formats.open_checkpoint(flags.source, source_format, **_options(flags, bindings, source_format))
+    checkpoint = discriminator(opened)
     print(f"{flags.source}: {source_format}, {checkpoint.model.__name__}, {_size(checkpoint)}")
     for assumption in checkpoint.facts.get("assumed", ()) if source_format == "t5x" else ():
         print(f"assumed: {assumption}")

@@ -89,5 +89,6 @@ def test_guide_names_what_there_is(script):
     recipes = {path.name for path in (ROOT / "gin/recipes").glob("*.gin")}
     assert set(re.findall(r"^\| `(\w+\.gin)` \|", guide, re.MULTILINE)) == recipes
     assert {file for _, file, *_ in script["curricula_figures"].recipes()} == recipes
-    for name in set(re.findall(r"`'(\w+)'`", guide)) - {"suffix", "text", "id", "first_fit", "concat_and_split"}:
+    other = {"suffix", "text", "id", "first_fit", "concat_and_split", "none", "tied", "gdes"}
+    for name in set(re.findall(r"`'(\w+)'`", guide)) - other:
         assert name in script["PRESETS"], name

@@ -49,6 +49,27 @@ def batch(rows=16, encoder=24, decoder=16, seed=0):
     result["decoder_loss_weights"] = (result["decoder_segment_ids"] > 0).astype(np.float32)
     result["decoder_prefix"] = (result["decoder_positions"] < 3).astype(np.int32)
     result["component_ids"] = rng.integers(0, 2, (rows, decoder)).astype(np.int32)
+    result["encoder_target_tokens"] = rng.integers(1, VOCAB, (rows, encoder)).astype(np.int32)
+    result["encoder_loss_weights"] = (result["encoder_segment_ids"] > 0).astype(np.float32)
+    return result
+
+
+MASK = 1  # the id at positions to predict
+
+
+def masked_batch(rows=16, length=24, seed=0):
+    """As `batch`, of an encoder: a sixth of the text is masked; the first two tokens of a segment are metadata."""
+    rng = np.random.default_rng(seed)
+    result = {name: value for name, value in batch(rows, length, seed=seed).items() if name.startswith("encoder")}
+    tokens = np.where(result["encoder_segment_ids"] > 0, np.maximum(result["encoder_input_tokens"], MASK + 1), 0)
+    text = (result["encoder_segment_ids"] > 0) & (result["encoder_positions"] >= 2)
+    chosen = text & (rng.random((rows, length)) < 1 / 6)
+    chosen[:, 2] = True  # none is without
+    result["encoder_input_tokens"] = np.where(chosen, MASK, tokens).astype(np.int32)
+    result["encoder_target_tokens"] = tokens.astype(np.int32)
+    result["encoder_loss_weights"] = chosen.astype(np.float32)
+    result["encoder_token_weights"] = text.astype(np.float32)
+    result["component_ids"] = rng.integers(0, 2, (rows, length)).astype(np.int32)
     return result
 
 

@@ -29,6 +29,7 @@ _COUNTS = {
 _NUMBERS = {"layer_norm_epsilon", "rms_norm_eps", "dropout_rate", "rope_theta"}
 # Settings that a family has no other value for.
 _COMMON = {
+    "embedding_dim": None,
     "norm": "rmsnorm",
     "norm_unit_offset": False,
     "norm_placement": "pre",

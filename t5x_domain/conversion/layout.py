@@ -6,6 +6,7 @@
 """
 
 import dataclasses
+import re
 
 import jax
 from flax import nnx
@@ -14,7 +15,14 @@ from t5x_domain.models.assemblies import LanguageModel
 from t5x_domain.models.config import ModelConfig
 from t5x_domain.models.names import path_name
 
-EMBEDDINGS = ("embedding/embedding", "embedding/output")  # whose rows are tokens
+EMBEDDINGS = (  # whose rows are tokens
+    "embedding/embedding",
+    "embedding/output",
+    "generator/embedding/embedding",
+    "generator/embedding/output",
+    "embedding_delta",
+)
+_IN_LAYER = re.compile(r"(?P<stack>.+)/(?P<group>layers|rest)/blocks/(\d+)/(.+)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,23 +50,24 @@ class Leaf:
 def leaves(model: type[LanguageModel], config: ModelConfig) -> list[Leaf]:
     """Every parameter of a model, without making any."""
     params = jax.eval_shape(lambda: nnx.to_pure_dict(nnx.state(model(config, rngs=nnx.Rngs(0)))))
-    flat = jax.tree_util.tree_flatten_with_path(params)[0]
-    return [_leaf(path_name(path), param.shape, config) for path, param in flat]
+    shapes = {path_name(path): param.shape for path, param in jax.tree_util.tree_flatten_with_path(params)[0]}
+    in_layer = {name: found for name in shapes if (found := _IN_LAYER.fullmatch(name))}
+    repeats = {found["stack"]: shapes[name][0] for name, found in in_layer.items() if found["group"] == "layers"}
+    kinds = len(config.layer_pattern)
+
+    def leaf(name: str, shape: tuple[int, ...]) -> Leaf:
+        if name not in in_layer:
+            return Leaf(name, shape, (name,), stacked=False)
+        stack, group, block, inner = in_layer[name].groups()
+        turns = repeats.get(stack, 0)
+        if group == "layers":
+            parts = tuple(f"{stack}/{turn * kinds + int(block)}/{inner}" for turn in range(turns))
+            return Leaf(name, shape, parts, stacked=True)
+        return Leaf(name, shape, (f"{stack}/{turns * kinds + int(block)}/{inner}",), stacked=False)
+
+    return [leaf(name, shape) for name, shape in shapes.items()]
 
 
 def part_shapes(model: type[LanguageModel], config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Shapes of all parameters by the names of conversions."""
     return {part: leaf.part_shape for leaf in leaves(model, config) for part in leaf.parts}
-
-
-def _leaf(name: str, shape: tuple[int, ...], config: ModelConfig) -> Leaf:
-    stack, group, *path = name.split("/")
-    if group not in ("layers", "rest"):
-        return Leaf(name, shape, (name,), stacked=False)
-    block, inner = int(path[1]), "/".join(path[2:])  # path: blocks, number of the block, name inside it
-    kinds = len(config.layer_pattern)
-    num_layers = config.num_encoder_layers if stack == "encoder" else config.num_decoder_layers
-    repeats = num_layers // kinds if config.scan_layers else 0
-    if group == "layers":
-        return Leaf(name, shape, tuple(f"{stack}/{r * kinds + block}/{inner}" for r in range(repeats)), stacked=True)
-    return Leaf(name, shape, (f"{stack}/{repeats * kinds + block}/{inner}",), stacked=False)

@@ -34,7 +34,8 @@ def _shape(checkpoint: Checkpoint) -> str:
     config = checkpoint.config
     shapes = part_shapes(checkpoint.model, config)
     stacks = {"encoder": config.num_encoder_layers, "decoder": config.num_decoder_layers}
-    layers = " + ".join(f"{count} {stack}" for stack, count in stacks.items() if count)
+    has = {name.partition("/")[0] for name in shapes}  # a model of one stack does not look at the other's count
+    layers = " + ".join(f"{count} {stack}" for stack, count in stacks.items() if stack in has)
     rows = {
         "parameters": f"{sum(math.prod(shape) for shape in shapes.values()):,}",
         "layers": layers,
@@ -88,12 +89,16 @@ def _training(facts: Mapping[str, Any], run: Mapping[str, Any]) -> str:
 
 
 def _scores(scores: Mapping[str, Any]) -> str:
+    """What the loss has to say of held-out text: of predicted tokens their perplexity, else of its binary decisions."""
+    by_corpus = {corpus: score for corpus, score in scores.items() if corpus != "step"}
+    columns = {"perplexity": ("perplexity", ".2f"), "bits_per_byte": ("bits per byte", ".3f")}
+    if not all("perplexity" in score for score in by_corpus.values()):
+        columns = {"loss": ("binary cross-entropy", ".4f")}
+    columns["accuracy"] = ("targets guessed right", ".1%")
     rows = [
-        (corpus, f"{score['perplexity']:.2f}", f"{score['bits_per_byte']:.3f}", f"{score['accuracy']:.1%}")
-        for corpus, score in scores.items()
-        if corpus != "step"
+        (corpus, *(format(score[key], how) for key, (_, how) in columns.items())) for corpus, score in by_corpus.items()
     ]
-    head = ("corpus", "perplexity", "bits per byte", "targets guessed right")
+    head = ("corpus", *(title for title, _ in columns.values()))
     return f"## Held-out text, step {scores['step']:,}\n\n" + _table(head, rows)
 
 

@@ -220,7 +220,7 @@ class ExampleMaker:
             raise UserError(
                 f"{self.objective.name}: sequences of {self._lengths} are too short for two tokens of text."
             )
-        self.objective.check_sentinels(longest, self._vocabulary)
+        self.objective.check_vocabulary(longest, self._vocabulary)
         # What every example has before it: the mode token, or the room that is kept.
         constant = len(self._mode) if self._reserved is None else self._reserved
         mode = np.array(self._layout.prefix_cost)[:, None] * constant
@@ -251,4 +251,6 @@ class ExampleMaker:
         """The example of a piece (int32 [n]); the same whenever it is asked for."""
         features = self.objective(tokens, random.at(piece, self._key), self._vocabulary)
         prefix = self._mode if self._metadata is None else np.concatenate([self._metadata.of(piece), self._mode])
-        return Example(features["inputs"], features["targets"], self.component_id, prefix)
+        return Example(
+            features["inputs"], features["targets"], self.component_id, prefix, features.get("chosen", NO_TOKENS)
+        )

@@ -39,7 +39,7 @@ class PackingStats:
     """How full some steps' rows are: non-padding shares of all positions, and what found no room."""
 
     encoder: float  # NaN for a layout without encoder.
-    decoder: float
+    decoder: float  # NaN for a layout without decoder.
     both: float
     dropped_examples: int
     dropped_tokens: int
@@ -110,6 +110,8 @@ class Batches:
         self._layout, self._lengths, self._seed = layout, dict(lengths), seed
         self._batch_size = batch_size
         self._host_rows = (host * batch_size // num_hosts, (host + 1) * batch_size // num_hosts)
+        for component in mixture.components:
+            layout.check_side(component.objective)
         if epochs is None:  # A component that is scored by itself may be causal.
             self._check_inputs(mixture)
         lines = _lines(splits, mixture, subset or {}, vocabulary.eos_id if separator else None)

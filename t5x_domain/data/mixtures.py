@@ -6,6 +6,7 @@ import gin
 
 from t5x_domain.data.tasks import Component, Corpus, Mixture
 from t5x_domain.errors import UserError
+from t5x_domain.objectives.base import Objective
 from t5x_domain.objectives.prefix import Metadata
 from t5x_domain.objectives.ul2 import denoising
 
@@ -14,7 +15,7 @@ from t5x_domain.objectives.ul2 import denoising
 def mixture_of_denoisers(
     corpora: Sequence[Corpus],
     *,
-    denoisers: str | Sequence[Sequence] = "ul2_442",
+    denoisers: str | Sequence[Sequence] | Sequence[Objective] = "ul2_442",
     rates: Sequence[float] | None = None,
     split: str = "suffix",
     mode_form: str | None = "text",
@@ -26,7 +27,8 @@ def mixture_of_denoisers(
     Args:
       corpora: what is learnt.
       denoisers: a preset (a key of `objectives.ul2.PRESETS`), or a list of (family, mean span length, rate, mode token,
-        weight), see `objectives.ul2.Denoiser`. The weights sum to 1.
+        weight), see `objectives.ul2.Denoiser`. The weights sum to 1. Or a list of objectives, e.g. [MaskedLM()], which
+        share the text evenly and have no mode tokens.
       rates: of the corpora, relative to one another; None for equal ones.
       split: how S cuts the text if it has a rate. 'suffix' predicts that share of its end, the paper's definition;
         'uniform' cuts anywhere, the released preprocessor's. See `PrefixLM`.

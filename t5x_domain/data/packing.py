@@ -24,6 +24,7 @@ class Example(NamedTuple):
     targets: np.ndarray  # int32 [t]
     component_id: int
     prefix: np.ndarray = NO_TOKENS  # int32 [p]: metadata and mode token, see objectives/prefix.py
+    chosen: np.ndarray = NO_TOKENS  # bool [t]: the targets that an encoder predicts; empty for a decoder's
 
 
 Batch = dict[str, np.ndarray]
@@ -37,6 +38,8 @@ class Layout(abc.ABC):
 
     # Room in (encoder, decoder) that a token of an example's prefix takes.
     prefix_cost: tuple[int, int]
+    # Where targets are predicted, as `Objective.target_side`.
+    target_side: str
 
     @abc.abstractmethod
     def capacity(self, lengths: Mapping[str, int]) -> tuple[int, int]:
@@ -62,11 +65,25 @@ class Layout(abc.ABC):
     def check(self, objective: Objective, lengths: Mapping[str, int], vocabulary: Vocabulary) -> None:
         """Raises UserError if one example cannot fill a row of these lengths without overrunning it."""
 
+    def check_side(self, objective: Objective) -> None:
+        """Raises UserError if the objective's targets are not predicted where a model of this layout predicts."""
+        if objective.target_side == self.target_side:
+            return
+        if self.target_side == "encoder":
+            raise UserError(
+                f"Run.model is an encoder alone, which cannot write the targets of '{objective.name}'; "
+                "set MODEL = @EncoderDecoder or @DecoderOnly, or learn MaskedLM (gin/mixtures/mlm.gin)."
+            )
+        raise UserError(
+            f"Run.model = {type(self).__name__} predicts with its decoder, but '{objective.name}' predicts tokens "
+            "where they stand in an encoder; set MODEL = @EncoderOnly, or learn denoisers (gin/mixtures/denoisers.gin)."
+        )
+
     @abc.abstractmethod
     def batch(self, rows: Sequence[Sequence[Example]], lengths: Mapping[str, int]) -> Batch:
         """Features [len(rows), length] of rows of examples; segments are numbered from 1 in the order given.
 
-        int32, but `decoder_loss_weights` is float32. A row without examples is all zeros.
+        int32, but weights are float32. A row without examples is all zeros.
         """
 
 
@@ -77,6 +94,7 @@ class EncoderDecoder(Layout):
     of causal LM without prefix has nothing in the encoder."""
 
     prefix_cost = (1, 0)
+    target_side = "decoder"
 
     def capacity(self, lengths: Mapping[str, int]) -> tuple[int, int]:
         return lengths["inputs"], lengths["targets"]
@@ -131,6 +149,7 @@ class DecoderOnly(Layout):
     """
 
     prefix_cost = (0, 1)
+    target_side = "decoder"
 
     def capacity(self, lengths: Mapping[str, int]) -> tuple[int, int]:
         return 0, lengths["inputs"] + lengths["targets"]
@@ -154,7 +173,7 @@ class DecoderOnly(Layout):
     def check(self, objective: Objective, lengths: Mapping[str, int], vocabulary: Vocabulary) -> None:
         if objective.joined_length(2) > sum(self.capacity(lengths)):
             raise UserError(f"{objective.name}: sequences of {dict(lengths)} are too short for two tokens of text.")
-        objective.check_sentinels(self.raw_length(objective, lengths), vocabulary)
+        objective.check_vocabulary(self.raw_length(objective, lengths), vocabulary)
 
     def batch(self, rows: Sequence[Sequence[Example]], lengths: Mapping[str, int]) -> Batch:
         decoder = _Sequences(len(rows), self.capacity(lengths)[1])
@@ -176,6 +195,62 @@ class DecoderOnly(Layout):
             **_decoder_features(decoder),
             "decoder_loss_weights": loss_weights,
             "decoder_prefix": prefix,
+            "component_ids": component_ids,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderOnly(Layout):
+    """Prefix and corrupted text, `[prefix][text EOS]`, in one sequence of the inputs length; a targets length is of no
+    use.
+
+    `encoder_target_tokens` are the tokens as they were, `encoder_loss_weights` 1 where one is to be predicted, whatever
+    stands there, and `encoder_token_weights` 1 on the text and its EOS: neither counts the prefix.
+    """
+
+    prefix_cost = (1, 0)
+    target_side = "encoder"
+
+    def capacity(self, lengths: Mapping[str, int]) -> tuple[int, int]:
+        return lengths["inputs"], 0
+
+    def cost(self, objective: Objective, num_raw: int) -> tuple[int, int]:
+        return objective.lengths(num_raw)[0], 0
+
+    def mean_cost(self, objective: Objective, num_raw: int) -> tuple[float, float]:
+        return self.cost(objective, num_raw)
+
+    def random_cost(self, objective: Objective) -> bool:
+        return False
+
+    def raw_length(self, objective: Objective, lengths: Mapping[str, int]) -> int:
+        return objective.raw_length(lengths)
+
+    def check(self, objective: Objective, lengths: Mapping[str, int], vocabulary: Vocabulary) -> None:
+        objective.check_vocabulary(self.raw_length(objective, lengths), vocabulary)
+
+    def batch(self, rows: Sequence[Sequence[Example]], lengths: Mapping[str, int]) -> Batch:
+        encoder = _Sequences(len(rows), lengths["inputs"])
+        targets, component_ids = np.zeros((2, *encoder.tokens.shape), np.int32)
+        loss_weights, token_weights = np.zeros((2, *encoder.tokens.shape), np.float32)
+        for row, examples in enumerate(rows):
+            start = 0
+            for segment, example in enumerate(examples, start=1):
+                text = start + len(example.prefix)
+                stop = encoder.write(row, start, segment, np.concatenate([example.prefix, example.inputs]))
+                targets[row, start:text] = example.prefix
+                targets[row, text:stop] = example.targets
+                loss_weights[row, text:stop] = example.chosen
+                token_weights[row, text:stop] = 1
+                component_ids[row, start:stop] = example.component_id
+                start = stop
+        return {
+            "encoder_input_tokens": encoder.tokens,
+            "encoder_segment_ids": encoder.segment_ids,
+            "encoder_positions": encoder.positions,
+            "encoder_target_tokens": targets,
+            "encoder_loss_weights": loss_weights,
+            "encoder_token_weights": token_weights,
             "component_ids": component_ids,
         }
 

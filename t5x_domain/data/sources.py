@@ -177,8 +177,10 @@ class FileSource(Source):
         return Path(part).stat().st_size
 
 
-def resolve_files(pattern: str) -> list[str]:
+def resolve_files(pattern: str, setting: str = "the source's `files`") -> list[str]:
     """Sorted files that match a path or glob pattern, in the first folder of `gin_search_paths` that has any.
+
+    `setting` is where the pattern was given, for messages.
 
     Raises:
       UserError: nothing matches.
@@ -187,7 +189,7 @@ def resolve_files(pattern: str) -> list[str]:
         paths = [Path(root, match) for match in glob.glob(pattern, root_dir=root, recursive=True)]
         if files := sorted(str(path) for path in paths if path.is_file()):
             return files
-    raise UserError(f"{pattern}: no such file (working directory {Path.cwd()}); mend the source's `files` in gin.")
+    raise UserError(f"{pattern}: no such file (working directory {Path.cwd()}); mend {setting} in gin.")
 
 
 @gin.configurable

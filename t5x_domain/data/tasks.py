@@ -147,8 +147,15 @@ def register(mixture: Mixture, vocabulary: Vocabulary | ByteVocabulary) -> "seqi
     a `sequence_length` whose `targets` are too short for an objective.
 
     Raises:
-      UserError: a task or mixture of this name is registered already and is another.
+      UserError: a task or mixture of this name is registered already and is another, or an objective predicts tokens
+        where they stand in an encoder: which ones it chose, SeqIO's two features cannot say.
     """
+    for component in mixture.components:
+        if component.objective.target_side == "encoder":
+            raise UserError(
+                f"{component.name}: a SeqIO task has inputs and targets, but cannot say which of them "
+                f"'{component.objective.name}' chose; register objectives that a decoder learns."
+            )
     import seqio
 
     for component in mixture.components:

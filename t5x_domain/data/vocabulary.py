@@ -12,6 +12,7 @@ import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import gin
 import numpy as np
@@ -23,6 +24,19 @@ PAD_ID, EOS_ID, UNK_ID = 0, 1, 2
 _NUM_SPECIAL_IDS = 3
 # SentencePiece leaves out training lines longer than this many bytes (its default is 4192), so longer lines are cut.
 _MAX_LINE_BYTES = 4096
+
+
+class Pieces(NamedTuple):
+    """What the ids of a vocabulary stand for, bool [vocab_size] each."""
+
+    text: np.ndarray  # a piece of a text: not padding, EOS, the unknown piece, a control token or a sentinel
+    characters: np.ndarray  # text that is not a single byte of what no other piece can write
+    begins_word: np.ndarray  # begins with the space before a word
+    goes_on: np.ndarray  # begins with a letter or a digit, hence goes on with a word that stands before it
+
+
+# Under this name a vocabulary may have an id of its own for the mask token.
+MASK = "[MASK]"
 
 
 class _SentinelIds:
@@ -79,6 +93,17 @@ class _SentinelIds:
 
     def _special_id(self, token: str) -> int | None:
         return None
+
+    @functools.cached_property
+    def mask_id(self) -> int:
+        """Id that hides a token in masked language modeling: `[MASK]` where the vocabulary has such a control token,
+        else the first sentinel, T5's own sign for what is missing.
+
+        Raises:
+          UserError: it has neither.
+        """
+        found = self._special_id(MASK)
+        return self.sentinel_id(0) if found is None else found
 
 
 @gin.configurable
@@ -151,6 +176,23 @@ class Vocabulary(_SentinelIds):
         found = self._processor.piece_to_id(token)
         return found if self._processor.is_control(found) and found not in (PAD_ID, EOS_ID) else None
 
+    @functools.cached_property
+    def pieces(self) -> Pieces:
+        """What each id stands for. A word begins at SentencePiece's mark, '▁'."""
+        processor, sentinels = self._processor, np.zeros(self.extra_ids, bool)
+        ids = list(range(self.vocab_size - self.extra_ids))
+        pieces = np.array(processor.id_to_piece(ids))
+        special, byte = (
+            np.logical_or.reduce([[holds(i) for i in ids] for holds in kinds])
+            for kinds in ((processor.is_control, processor.is_unknown, processor.is_unused), (processor.is_byte,))
+        )
+        goes_on = [
+            _in_words(int(piece[3:5], 16)) if is_byte else piece[:1].isalnum()
+            for piece, is_byte in zip(pieces.tolist(), byte, strict=True)
+        ]
+        found = (~special, ~special & ~byte, ~special & np.char.startswith(pieces, "▁"), ~special & goes_on)
+        return Pieces(*(np.concatenate([kind, sentinels]) for kind in found))
+
     def encode(self, text: str) -> np.ndarray:
         """Token ids, int32 [n], without EOS."""
         return np.array(self._processor.encode(text), np.int32)
@@ -195,6 +237,18 @@ class ByteVocabulary(_SentinelIds):
     def description(self) -> dict:
         return {"kind": "bytes", "vocab_size": self.vocab_size, "extra_ids": self.extra_ids}
 
+    @functools.cached_property
+    def pieces(self) -> Pieces:
+        """What each id stands for. A word begins at the space before it."""
+        before, sentinels = np.zeros(_NUM_SPECIAL_IDS, bool), np.zeros(self.extra_ids, bool)
+        found = (
+            np.ones(256, bool),
+            np.ones(256, bool),
+            np.array([chr(byte).isspace() and byte < 0x80 for byte in range(256)]),
+            np.array([_in_words(byte) for byte in range(256)]),
+        )
+        return Pieces(*(np.concatenate([before, kind, sentinels]) for kind in found))
+
     def encode(self, text: str) -> np.ndarray:
         """Token ids, int32 [n], without EOS. A literal `<extra_id_k>` stays the bytes it is written with."""
         return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32) + _NUM_SPECIAL_IDS
@@ -219,6 +273,11 @@ class ByteVocabulary(_SentinelIds):
         import seqio
 
         return seqio.ByteVocabulary(self.extra_ids)
+
+
+def _in_words(byte: int) -> bool:
+    """Whether a UTF-8 byte is one of a letter or a digit; nearly all characters beyond ASCII are letters."""
+    return byte >= 0x80 or chr(byte).isalnum()
 
 
 def _characters_before_bytes(text: str) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Held-out perplexity and bits per byte, by corpus."""
+"""Held-out scores by corpus: perplexity and bits per byte of predicted tokens, the loss of anything else."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from t5x_domain.errors import UserError
+from t5x_domain.objectives.losses import ratios
 
 
 def held_out_scores(
@@ -26,24 +27,30 @@ def held_out_scores(
       bytes_per_token: UTF-8 bytes of the corpus by its tokens.
 
     Returns:
-      `loss` (nats per target), `perplexity` (its exponential), `bits_per_byte` (of the text that the targets stand
-      for, at the corpus's average bytes per token), `accuracy` (share of targets with the largest logit), `targets`.
+      `loss` (nats per target), `accuracy` (share of targets that are right), `targets`, and the loss's own ratios. Of
+      a loss that predicts tokens, which reports `nll`, also `perplexity` (the loss's exponential) and `bits_per_byte`
+      (of the text that the targets stand for, at the corpus's average bytes per token); one that makes binary decisions
+      reports `binary_nll`, whose exponential says nothing about text.
 
     Raises:
       UserError: there is no target.
     """
-    sums = {"nll": 0.0, "correct": 0.0, "weight": 0.0}
     # Launch everything before reading anything, so that the device never waits for the host.
-    for result in jax.device_get([eval_step(params, batch) for batch in batches]):
-        for name in sums:
-            sums[name] += float(np.float64(result[name]))
+    results = jax.device_get([eval_step(params, batch) for batch in batches])
+    add = lambda *values: np.sum(values, axis=0, dtype=np.float64)  # noqa: E731
+    sums = jax.tree.map(add, *results) if results else {"weight": 0}
     if sums["weight"] == 0:
         raise UserError("the held-out batches have no target to score; set Run.eval_split to a split with documents.")
-    loss = sums["nll"] / sums["weight"]
-    return {
-        "loss": loss,
-        "perplexity": math.exp(min(loss, 700.0)),
-        "bits_per_byte": loss / math.log(2) / bytes_per_token,
-        "accuracy": sums["correct"] / sums["weight"],
-        "targets": int(sums["weight"]),
-    }
+    of_tokens = "nll" in sums
+    loss = float(sums["nll" if of_tokens else "binary_nll"] / sums["weight"])
+    scores = {"loss": loss, "accuracy": float(sums["correct"] / sums["weight"]), "targets": int(sums["weight"])}
+    if of_tokens:
+        scores |= {"perplexity": math.exp(min(loss, 700.0)), "bits_per_byte": loss / math.log(2) / bytes_per_token}
+    return scores | ratios(sums)
+
+
+def headline(scores: Mapping[str, float]) -> tuple[str, str]:
+    """Name and value of what to show of a corpus's scores if there is room for one."""
+    if "perplexity" in scores:
+        return "perplexity", f"{scores['perplexity']:.2f}"
+    return "binary cross-entropy", f"{scores['loss']:.4f}"

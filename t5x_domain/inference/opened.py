@@ -9,6 +9,7 @@ import numpy as np
 
 from t5x_domain.conversion.formats import open_checkpoint
 from t5x_domain.conversion.layout import leaves
+from t5x_domain.conversion.rtd import discriminator
 from t5x_domain.data.vocabulary import ByteVocabulary, Vocabulary
 from t5x_domain.errors import UserError
 from t5x_domain.models.assemblies import DecoderOnly
@@ -73,7 +74,7 @@ def unrolled(blueprint: Blueprint, params: Any) -> tuple[Blueprint, Any]:
 
 
 def open_model(path: str, *, flag: str = "--model", mesh: MeshShape = MeshShape(), dtype: str | None = None) -> Opened:
-    """Opens a run, a converted folder, a Hugging Face folder or a T5X checkpoint.
+    """Opens a run, a converted folder, a Hugging Face folder or a T5X checkpoint; of a discriminator, its encoder.
 
     Args:
       path: where the model is.
@@ -84,7 +85,7 @@ def open_model(path: str, *, flag: str = "--model", mesh: MeshShape = MeshShape(
     Raises:
       UserError: there is no complete model, or it does not say its vocabulary.
     """
-    checkpoint = open_checkpoint(path, flag=flag)
+    checkpoint = discriminator(open_checkpoint(path, flag=flag))
     if checkpoint.vocabulary is None:
         raise UserError(
             f"{flag}={path}: does not say its vocabulary, so it cannot read text; convert it first, naming its "

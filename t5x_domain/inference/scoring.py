@@ -12,7 +12,7 @@ from t5x_domain.data import packing
 from t5x_domain.errors import UserError
 from t5x_domain.inference.generator import padded, row_length
 from t5x_domain.inference.opened import Opened
-from t5x_domain.models.assemblies import EncoderDecoder
+from t5x_domain.models.assemblies import DecoderOnly, EncoderDecoder
 from t5x_domain.objectives.losses import target_scores, token_scores
 from t5x_domain.parallel.sharding import put, use_mesh
 from t5x_domain.training.feed import LAYOUTS
@@ -27,7 +27,7 @@ class Scorer:
         Raises:
           UserError: the model has no decoder.
         """
-        if model.blueprint.model_class not in LAYOUTS:
+        if model.blueprint.model_class not in (EncoderDecoder, DecoderOnly):
             raise UserError(
                 f"{model.origin}: {model.blueprint.model_class.__name__} has no decoder to score text with."
             )

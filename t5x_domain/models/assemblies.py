@@ -21,6 +21,7 @@ class LanguageModel(nnx.Module):
     """What the assemblies share: the embedding and its use as output."""
 
     inputs: tuple[str, ...]  # features of a batch that __call__ takes
+    target_side: str  # "encoder" or "decoder": which features hold what the hidden states are to predict
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
         """Builds the embedding."""
@@ -32,9 +33,14 @@ class LanguageModel(nnx.Module):
         """Factor of the logits: 1/sqrt(embed_dim) in T5 1.0, else 1."""
         return self.config.embed_dim**-0.5 if self.config.scale_logits else 1.0
 
+    @property
+    def output_kernel(self) -> jax.Array:
+        """[vocab_size, embed_dim] float32: hidden states times its transpose, scaled and capped, are the logits."""
+        return self.embedding.output_kernel
+
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[B, T, embed_dim] -> [B, T, vocab_size] float32. For losses use `kernels.cross_entropy`, which holds none."""
-        kernel = self.embedding.output_kernel.astype(hidden.dtype)
+        kernel = self.output_kernel.astype(hidden.dtype)
         logits = self.logit_scale * jnp.einsum(
             "btd,vd->btv", hidden, kernel, preferred_element_type=accumulator(hidden.dtype)
         )
@@ -58,6 +64,7 @@ class EncoderDecoder(LanguageModel):
         "decoder_segment_ids",
         "decoder_positions",
     )
+    target_side = "decoder"
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
         """Builds both stacks."""
@@ -100,6 +107,7 @@ class DecoderOnly(LanguageModel):
     """One causal stack; tokens marked as prefix are seen by their whole segment (prefix LM)."""
 
     inputs = ("decoder_input_tokens", "decoder_segment_ids", "decoder_positions", "decoder_prefix")
+    target_side = "decoder"
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
         """Builds the stack of `config.num_decoder_layers` blocks."""
@@ -131,6 +139,7 @@ class EncoderOnly(LanguageModel):
     """One bidirectional stack (BERT, ModernBERT)."""
 
     inputs = ("encoder_input_tokens", "encoder_segment_ids", "encoder_positions")
+    target_side = "encoder"
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
         """Builds the stack of `config.num_encoder_layers` blocks."""

@@ -20,6 +20,8 @@ class ModelConfig:
     Attributes:
       vocab_size: rows of the embedding; at least the vocabulary's, often a multiple of 128.
       embed_dim: width of the residual stream.
+      embedding_dim: width of the token embedding, which is projected to `embed_dim` (Lan et al. 2020, section 3.1); a
+        tied output uses the product of both matrices. None for `embed_dim`, without projection.
       mlp_dim: width of the feed-forward layer.
       num_heads: query heads.
       head_dim: width of a head.
@@ -54,6 +56,9 @@ class ModelConfig:
       scan_layers: compile one pattern of layers and loop over it, so that depth costs no compile time.
       remat: what the backward pass recomputes: "none", "minimal" (all but matrix products without a batch dimension),
         "full" (all).
+      rtd_generator_width: of replaced-token detection: the generator's share of embed_dim, mlp_dim and heads.
+      rtd_generator_layers: the generator's layers; None for num_encoder_layers.
+      rtd_embedding_sharing: what the discriminator's token embedding shares with the generator's, see `models.rtd`.
       attention_backend: see `kernels.attention.backend_for`.
       sequence_attention: how keys on other devices are reached, "gather" or "ring", see `parallel.attention`.
     """
@@ -64,6 +69,7 @@ class ModelConfig:
 
     vocab_size: int
     embed_dim: int = 512
+    embedding_dim: int | None = None
     mlp_dim: int = 1024
     num_heads: int = 6
     head_dim: int = 64
@@ -92,6 +98,9 @@ class ModelConfig:
     scale_embedding: bool = False
     scale_logits: bool = False
     dropout_rate: float = 0.0
+    rtd_generator_width: float = 1.0
+    rtd_generator_layers: int | None = None
+    rtd_embedding_sharing: Literal["none", "tied", "gdes"] = "gdes"
     dtype: str = "bfloat16"
     scan_layers: bool = True
     remat: Literal["none", "minimal", "full"] = "none"
@@ -108,6 +117,7 @@ class ModelConfig:
             "position": ("relative_bias", "rope", "alibi", "none"),
             "attention_scale": ("none", "head_dim"),
             "remat": ("none", "minimal", "full"),
+            "rtd_embedding_sharing": ("none", "tied", "gdes"),
             "dtype": ("float32", "bfloat16", "float64"),
             "attention_backend": ("auto", "xla", "tpu", "tpu_interpreted"),
             "sequence_attention": ("gather", "ring"),

@@ -92,18 +92,25 @@ class Embedding(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
         """T5 draws the embedding from N(0, 1); a scaled one (Gemma) from N(0, 1/embed_dim)."""
-        shape, axes = (config.vocab_size, config.embed_dim), ("vocab", "embed")
-        narrow = config.embed_dim**-0.5
-        self.embedding = normal_param(rngs, shape, narrow if config.scale_embedding else 1.0, axes)
-        self.output = None if config.tie_embeddings else normal_param(rngs, shape, narrow, axes)
+        vocab_size, dim, axes = config.vocab_size, config.embed_dim, ("vocab", "embed")
+        width, narrow = config.embedding_dim or dim, dim**-0.5
+        self.embedding = normal_param(rngs, (vocab_size, width), narrow if config.scale_embedding else 1.0, axes)
+        self.output = None if config.tie_embeddings else normal_param(rngs, (vocab_size, dim), narrow, axes)
+        project = lambda: Linear(width, dim, axes=(None, "embed"), dtype=config.dtype, rngs=rngs)  # noqa: E731
+        self.projection = None if width == dim else project()
         self.norm = Norm(config) if config.embedding_norm else None
         self.config = config
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """[B, T] int32 -> [B, T, embed_dim] in the compute dtype."""
+        return self.look_up(self.embedding[...], tokens)
+
+    def look_up(self, table: jax.Array, tokens: jax.Array) -> jax.Array:
+        """As `__call__`, with another table [vocab_size, embedding_dim] float32."""
         # Gathered over fsdp before the look-up, as every other parameter is before its use.
-        table = constrain(self.embedding[...].astype(self.config.dtype), "vocab", None)
-        x = table[tokens]
+        x = constrain(table.astype(self.config.dtype), "vocab", None)[tokens]
+        if self.projection is not None:
+            x = self.projection(x)
         if self.config.scale_embedding:
             x = x * jnp.asarray(self.config.embed_dim**0.5, x.dtype)
         return x if self.norm is None else self.norm(x)
@@ -111,7 +118,9 @@ class Embedding(nnx.Module):
     @property
     def output_kernel(self) -> jax.Array:
         """[vocab_size, embed_dim] float32."""
-        return (self.embedding if self.output is None else self.output)[...]
+        if self.output is not None:
+            return self.output[...]
+        return self.embedding[...] if self.projection is None else self.embedding[...] @ self.projection.kernel[...]
 
 
 def rotate(x: jax.Array, positions: jax.Array, base: float) -> jax.Array:

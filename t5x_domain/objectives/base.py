@@ -6,6 +6,7 @@ example is a function of where it stands in the corpus and of the run's seed, an
 
 import abc
 from collections.abc import Mapping
+from typing import ClassVar
 
 import numpy as np
 
@@ -17,13 +18,21 @@ class Objective(abc.ABC):
     """Turns raw token ids into one example. Subclasses are frozen, gin-configurable dataclasses.
 
     Lengths below count tokens and include the EOS that closes `inputs` and `targets`.
+
+    Attributes:
+      target_side: where the targets are predicted: "decoder", which writes them after the inputs, or "encoder", in the
+        places of the inputs.
     """
 
     name: str
+    target_side: ClassVar[str] = "decoder"
 
     @abc.abstractmethod
     def __call__(self, tokens: np.ndarray, rng: np.random.Generator, vocabulary: Vocabulary) -> dict[str, np.ndarray]:
-        """{'inputs': int32 [i], 'targets': int32 [t]}, each closed by EOS, from int32 `tokens` [n], n >= 1."""
+        """{'inputs': int32 [i], 'targets': int32 [t]}, each closed by EOS, from int32 `tokens` [n], n >= 1.
+
+        On the encoder's side i = t, and {'chosen': bool [t]} says which targets are to be predicted.
+        """
 
     @abc.abstractmethod
     def lengths(self, num_raw: int) -> tuple[int, int]:
@@ -58,7 +67,7 @@ class Objective(abc.ABC):
         """Refuses lengths and vocabularies that this objective would overrun.
 
         Raises:
-          UserError: `targets` is too short for what `inputs` takes in, or the vocabulary has too few sentinels.
+          UserError: `targets` is too short for what `inputs` takes in, or the vocabulary does not serve.
         """
         num_raw = self.raw_length(lengths)
         targets = self.lengths(num_raw)[1]
@@ -67,10 +76,11 @@ class Objective(abc.ABC):
                 f"{self.name}: the targets length {lengths['targets']} is too short: inputs of {lengths['inputs']} "
                 f"tokens come with targets of {targets}; set targets to {targets} or more."
             )
-        self.check_sentinels(num_raw, vocabulary)
+        self.check_vocabulary(num_raw, vocabulary)
 
-    def check_sentinels(self, num_raw: int, vocabulary: Vocabulary) -> None:
-        """Raises UserError if examples of `num_raw` raw tokens need more sentinels than the vocabulary has."""
+    def check_vocabulary(self, num_raw: int, vocabulary: Vocabulary) -> None:
+        """Raises UserError if examples of `num_raw` raw tokens need more sentinels than the vocabulary has, or anything
+        else that it lacks."""
         needed = self.sentinels_needed(num_raw)
         if needed > vocabulary.num_sentinels:
             raise UserError(

@@ -1,4 +1,4 @@
-"""The device half of the language-modelling objectives: one loss for span corruption, prefix LM and causal LM."""
+"""The device half of the language-modelling objectives: one loss for span corruption, prefix, causal and masked LM."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -22,12 +22,12 @@ def language_model_loss(
     z_loss: float = 0.0,
     label_smoothing: float = 0.0,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Cross-entropy of `decoder_target_tokens`, summed so that parts of a batch add up to the whole.
+    """Cross-entropy of the target tokens, summed so that parts of a batch add up to the whole.
 
     Args:
       model: an assembly of `models`; it is called with the features it names in `inputs`.
-      batch: features [B, T]; `decoder_loss_weights` are 0 where a target does not count, `component_ids` name the
-        component.
+      batch: features [B, T]; on the model's `target_side`, `decoder_loss_weights` or `encoder_loss_weights` are 0 where
+        a target does not count; `component_ids` name the component.
       rng: key for dropout; None in evaluation.
       num_components: length of the per-component sums.
       z_loss, label_smoothing: see `kernels.cross_entropy`.
@@ -36,7 +36,7 @@ def language_model_loss(
       The sum to differentiate (float32 scalar), and sums to report: `weight` (number of targets), `nll` (nats),
       `correct`, and `component_nll`, `component_weight` of shape [num_components].
     """
-    weights = batch["decoder_loss_weights"]
+    weights = batch[f"{model.target_side}_loss_weights"]
     loss, scores = token_scores(model, batch, rng, z_loss=z_loss, label_smoothing=label_smoothing)
     nll = scores.nll * weights
     component = jax.nn.one_hot(batch["component_ids"], num_components, dtype=jnp.float32)
@@ -52,7 +52,7 @@ def language_model_loss(
 def token_scores(
     model: Any, batch: Batch, rng: jax.Array | None = None, **options: float
 ) -> tuple[jax.Array, TokenScores]:
-    """The weighted sum of cross-entropies of `decoder_target_tokens`, and the scores of each.
+    """The weighted sum of cross-entropies of the target tokens on the model's `target_side`, and the scores of each.
 
     Args:
       model: an assembly of `models`; it is called with the features it names in `inputs`.
@@ -62,7 +62,8 @@ def token_scores(
     """
     features = {name: batch[name] for name in model.inputs if name in batch}
     hidden = model(**features, rng=rng)
-    return target_scores(model, hidden, batch["decoder_target_tokens"], batch["decoder_loss_weights"], **options)
+    targets, weights = (batch[f"{model.target_side}_{name}"] for name in ("target_tokens", "loss_weights"))
+    return target_scores(model, hidden, targets, weights, **options)
 
 
 def target_scores(
@@ -71,10 +72,28 @@ def target_scores(
     """As `token_scores`, of hidden states [B, T, embed_dim] that the model has already computed."""
     return cross_entropy(
         hidden,
-        model.embedding.output_kernel,
+        model.output_kernel,
         targets,
         weights,
         logit_scale=model.logit_scale,
         softcap=model.config.final_logit_softcap,
         **options,
     )
+
+
+def weight_totals(batch: Batch) -> dict[str, jax.Array]:
+    """Sums of the features of weights, to go with the parts that a batch is cut into, for `total`."""
+    return {f"{name}_total": weights.sum() for name, weights in batch.items() if name.endswith("_weights")}
+
+
+def total(batch: Batch, name: str) -> jax.Array:
+    """Sum of a feature of weights over the batch, or over the whole batch that it is a part of.
+
+    A loss of several terms divides each by a total of its own; a part's own sum would weigh the parts unevenly.
+    """
+    return batch[f"{name}_total"] if f"{name}_total" in batch else batch[name].sum()
+
+
+def ratios(sums: Mapping[str, Any]) -> dict[str, float | None]:
+    """What a loss reports as `ratios`, pairs of sums by name, as numbers; None where the second is 0."""
+    return {name: float(a / b) if b else None for name, (a, b) in sums.get("ratios", {}).items()}

@@ -73,8 +73,8 @@ class SpanCorruption(Objective):
     def __call__(self, tokens: np.ndarray, rng: np.random.Generator, vocabulary: Vocabulary) -> dict[str, np.ndarray]:
         num_raw = len(tokens)
         num_noise, num_spans = self.noise(num_raw)
-        clean_ends = _random_span_ends(rng, num_raw - num_noise, num_spans)
-        noise_ends = _random_span_ends(rng, num_noise, num_spans)
+        clean_ends = random_span_ends(rng, num_raw - num_noise, num_spans)
+        noise_ends = random_span_ends(rng, num_noise, num_spans)
         clean_starts, noise_starts = clean_ends + noise_ends, clean_ends[1:] + noise_ends[:-1]
         # +1 where a noisy span begins, -1 where it ends: the running sum is 1 on the noise. One more place for EOS.
         steps = np.zeros(num_raw + 1, np.int8)
@@ -94,7 +94,7 @@ class SpanCorruption(Objective):
         return {"inputs": inputs[in_inputs], "targets": targets[in_targets]}
 
 
-def _random_span_ends(rng: np.random.Generator, num_tokens: int, num_spans: int) -> np.ndarray:
+def random_span_ends(rng: np.random.Generator, num_tokens: int, num_spans: int) -> np.ndarray:
     """Ends of a uniformly random cut of `num_tokens` into `num_spans` spans of at least one token; int64 [spans + 1].
 
     The ends begin with 0, so span j is [ends[j], ends[j + 1]).

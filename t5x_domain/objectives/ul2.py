@@ -74,7 +74,7 @@ PRESETS: Mapping[str, tuple[Denoiser, ...]] = {
 
 
 def denoising(
-    denoisers: str | Sequence[Sequence], *, split: str, mode_form: str | None
+    denoisers: str | Sequence[Sequence] | Sequence[Objective], *, split: str, mode_form: str | None
 ) -> list[tuple[Objective, Mode | None, float]]:
     """Objective, mode token and weight of every denoiser; for the arguments see `data.mixtures`.
 
@@ -85,6 +85,8 @@ def denoising(
         raise UserError(f"mixture_of_denoisers.mode_form={mode_form!r} is not one of 'text', 'id', None.")
     if split not in ("suffix", "uniform"):
         raise UserError(f"mixture_of_denoisers.split={split!r} is not one of 'suffix', 'uniform'.")
+    if denoisers and all(isinstance(entry, Objective) for entry in denoisers):
+        return [(objective, None, 1 / len(denoisers)) for objective in denoisers]
     chosen = _chosen(denoisers)
     if abs(sum(denoiser.weight for denoiser in chosen) - 1) > 1e-6:
         raise UserError(
@@ -128,10 +130,11 @@ def _chosen(denoisers: str | Sequence[Sequence]) -> list[Denoiser]:
             )
         return list(PRESETS[denoisers])
     for entry in denoisers:
-        if len(entry) != len(Denoiser._fields):
+        if isinstance(entry, Objective) or len(entry) != len(Denoiser._fields):
+            shown = entry if isinstance(entry, Objective) else tuple(entry)
             raise UserError(
-                f"mixture_of_denoisers.denoisers: {tuple(entry)!r} must be "
-                "(family, mean span length, rate, mode token, weight)."
+                f"mixture_of_denoisers.denoisers: {shown!r} must be (family, mean span length, rate, mode token, "
+                "weight); or all entries must be objectives."
             )
     return [Denoiser(*entry) for entry in denoisers]
 

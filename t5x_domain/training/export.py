@@ -8,6 +8,7 @@ import jax
 from t5x_domain.conversion.folders import require_free
 from t5x_domain.conversion.formats import write_checkpoint
 from t5x_domain.conversion.native import open_native
+from t5x_domain.conversion.rtd import discriminator
 from t5x_domain.files import write_atomically
 from t5x_domain.training.run import Run
 
@@ -30,7 +31,7 @@ def export(run: Run) -> None:
     target = run.export_on_finish
     if target is None or jax.process_index() != 0 or _is_done(run):
         return
-    write_checkpoint(open_native(run.run_dir), target, "huggingface", flag=_FLAG)
+    write_checkpoint(discriminator(open_native(run.run_dir)), target, "huggingface", flag=_FLAG)
     written = json.dumps([*_written(run), str(Path(target).resolve())], indent=1)
     write_atomically(Path(run.run_dir) / _RECORD, written.encode())
     print(f"{target}: written for Hugging Face")

@@ -15,12 +15,18 @@ from t5x_domain.data.loader import Batches, iterate
 from t5x_domain.data.tasks import AS_TRAINED, Component, Corpus, Mixture
 from t5x_domain.errors import UserError
 from t5x_domain.evaluation.perplexity import held_out_scores
-from t5x_domain.models.assemblies import DecoderOnly, EncoderDecoder
+from t5x_domain.models.assemblies import DecoderOnly, EncoderDecoder, EncoderOnly
+from t5x_domain.models.rtd import ReplacedTokenDetection
 from t5x_domain.parallel.sharding import sharding
 from t5x_domain.training.run import Run
 
 # How examples become the features that an assembly takes.
-LAYOUTS = {EncoderDecoder: packing.EncoderDecoder(), DecoderOnly: packing.DecoderOnly()}
+LAYOUTS = {
+    EncoderDecoder: packing.EncoderDecoder(),
+    DecoderOnly: packing.DecoderOnly(),
+    EncoderOnly: packing.EncoderOnly(),
+    ReplacedTokenDetection: packing.EncoderOnly(),
+}
 
 
 class Feed:
@@ -42,7 +48,7 @@ class Feed:
             )
         if run.model not in LAYOUTS:
             raise UserError(
-                f"Run.model = {run.model.__name__} has no decoder to learn from these objectives; "
+                f"Run.model = {run.model.__name__} is not one that learns from text alone; "
                 f"set MODEL to one of {', '.join('@' + model.__name__ for model in LAYOUTS)}."
             )
         self._run, self._mesh = run, mesh

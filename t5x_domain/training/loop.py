@@ -19,8 +19,10 @@ from t5x_domain.conversion.native import open_native
 from t5x_domain.data.curriculum import learning_rate
 from t5x_domain.data.tasks import Component
 from t5x_domain.errors import UserError
+from t5x_domain.evaluation.perplexity import headline
 from t5x_domain.files import write_atomically
 from t5x_domain.models.names import path_name
+from t5x_domain.objectives.losses import ratios
 from t5x_domain.training.checkpoint import Checkpoints
 from t5x_domain.training.export import export, require_free_export
 from t5x_domain.training.feed import Feed
@@ -72,8 +74,10 @@ def train(run: Run) -> int:
         def evaluate(step: int) -> dict[str, float]:
             scores = feed.held_out(eval_step, state.params)
             writer.evaluated(step, scores)
-            shown = "  ".join(f"{corpus} {score['perplexity']:.2f}" for corpus, score in scores.items())
-            progress.say(f"step {step:,}/{run.total_steps:,}  held-out perplexity  {shown}")
+            headlines = {corpus: headline(score) for corpus, score in scores.items()}
+            measure = next(name for name, _ in headlines.values())
+            shown = "  ".join(f"{corpus} {value}" for corpus, (_, value) in headlines.items())
+            progress.say(f"step {step:,}/{run.total_steps:,}  held-out {measure}  {shown}")
             meter.restart()
             return {"loss": float(np.mean([score["loss"] for score in scores.values()]))}
 
@@ -215,6 +219,7 @@ class Meter:
             "corpus_loss": self._losses(values, lambda component: component.corpus.name),
             "denoiser_loss": self._losses(values, lambda component: component.objective.name),
             "raw_tokens": raw_tokens,
+            **ratios(values),
         }
 
     def _losses(self, values: Mapping[str, np.ndarray], of: Callable[[Component], str]) -> dict[str, float | None]:

@@ -6,7 +6,7 @@ is computed for each layer by itself, so a scanned and an unrolled model learn t
 
 import dataclasses
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import gin
@@ -103,8 +103,8 @@ class Muon:
 
 @gin.configurable
 @dataclasses.dataclass(frozen=True)
-class Updates:
-    """How gradients become updates: clip, optimizer, weight decay, schedule, freezing.
+class ParameterGroup:
+    """How gradients become updates: clip, optimizer, weight decay, schedule.
 
     Attributes:
       optimizer: Adafactor, AdamW or Muon.
@@ -112,7 +112,6 @@ class Updates:
       clip_global_norm: gradients are scaled down to this norm; None for never.
       weight_decay: decoupled, multiplied by the learning rate (Loshchilov & Hutter 2019).
       no_weight_decay: regular expressions of parameter names that do not decay.
-      freeze: regular expressions of parameter names that do not learn.
     """
 
     optimizer: Any
@@ -120,7 +119,32 @@ class Updates:
     clip_global_norm: float | None = None
     weight_decay: float = 0.0
     no_weight_decay: Sequence[str] = ("scale$", "relative_bias")
+
+    def chain(self, axes: Tree) -> optax.GradientTransformation:
+        """The optax transformation for parameters with these axis names."""
+        steps = [] if self.clip_global_norm is None else [optax.clip_by_global_norm(self.clip_global_norm)]
+        steps.append(self.optimizer.direction(axes))
+        if self.weight_decay:
+            exempt = path_mask(_one_leaf_each(axes), self.no_weight_decay)
+            steps.append(optax.add_decayed_weights(self.weight_decay, jax.tree.map(lambda e: not e, exempt)))
+        return optax.chain(*steps, optax.scale_by_learning_rate(self.schedule))
+
+
+@gin.configurable
+@dataclasses.dataclass(frozen=True)
+class Updates(ParameterGroup):
+    """The rule for all parameters, but those that are frozen or have a rule of their own.
+
+    Attributes:
+      freeze: regular expressions of parameter names that do not learn.
+      groups: rules of their own by regular expressions of parameter names, the first that matches:
+        {"^generator/": @ParameterGroup()} decouples a generator from its discriminator. All update in the same step,
+        but each group has its own optimizer and schedule, which a phase's does not replace, and is clipped by its own
+        norm. None for no group.
+    """
+
     freeze: Sequence[str] = ()
+    groups: Mapping[str, ParameterGroup] | None = None
 
     def build(self, axes: Tree, multipliers: Tree | None = None) -> optax.GradientTransformation:
         """The optax transformation for parameters with these axis names.
@@ -131,16 +155,12 @@ class Updates:
             is frozen. None for 1.
 
         Raises:
-          UserError: a pattern of `freeze` matches no parameter.
+          UserError: a pattern of `freeze` or `groups` matches no parameter.
         """
-        params = jax.tree.map(lambda names: 0, axes, is_leaf=_is_axes)  # one leaf for each parameter
-        steps = [] if self.clip_global_norm is None else [optax.clip_by_global_norm(self.clip_global_norm)]
-        steps.append(self.optimizer.direction(axes))
-        if self.weight_decay:
-            decays = jax.tree.map(lambda exempt: not exempt, path_mask(params, self.no_weight_decay))
-            steps.append(optax.add_decayed_weights(self.weight_decay, decays))
-        steps.append(optax.scale_by_learning_rate(self.schedule))
-        transform = optax.chain(*steps)
+        transform = self.chain(axes)
+        if self.groups:
+            rules = {pattern: group.chain(axes) for pattern, group in self.groups.items()}
+            transform = optax.partition({"": transform} | rules, self._group_of_each(axes))
         frozen = self.frozen(axes, multipliers)
         if any(jax.tree.leaves(frozen)):
             labels = jax.tree.map(lambda is_frozen: "frozen" if is_frozen else "learning", frozen)
@@ -153,15 +173,34 @@ class Updates:
 
     def frozen(self, axes: Tree, multipliers: Tree | None = None) -> Tree:
         """True for every parameter that does not learn; the arguments are those of `build`, as are the errors."""
-        params = jax.tree.map(lambda names: 0, axes, is_leaf=_is_axes)
-        for pattern in self.freeze:
-            if not any(jax.tree.leaves(path_mask(params, [pattern]))):
-                names = [path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
-                raise UserError(f"Updates.freeze: {pattern!r} matches no parameter; there are {', '.join(names)}.")
+        params = _one_leaf_each(axes)
+        _require_match("freeze", self.freeze, params)
         frozen = path_mask(params, self.freeze)
         if multipliers is None:
             return frozen
         return jax.tree.map(lambda named, factors: named or not np.any(factors), frozen, multipliers)
+
+    def _group_of_each(self, axes: Tree) -> Tree:
+        """For every parameter the pattern of its group; "" for none."""
+        params = _one_leaf_each(axes)
+        _require_match("groups", self.groups, params)
+
+        def group(path: tuple[Any, ...], _: Any) -> str:
+            return next((pattern for pattern in self.groups if re.search(pattern, path_name(path))), "")
+
+        return jax.tree_util.tree_map_with_path(group, params)
+
+
+def _require_match(key: str, patterns: Iterable[str], params: Tree) -> None:
+    for pattern in patterns:
+        if not any(jax.tree.leaves(path_mask(params, [pattern]))):
+            names = [path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
+            raise UserError(f"Updates.{key}: {pattern!r} matches no parameter; there are {', '.join(names)}.")
+
+
+def _one_leaf_each(axes: Tree) -> Tree:
+    """A leaf for each parameter, where `axes` has a tuple."""
+    return jax.tree.map(lambda names: 0, axes, is_leaf=_is_axes)
 
 
 def _is_axes(names: Any) -> bool:

@@ -10,6 +10,7 @@ import gin
 
 from t5x_domain.conversion.description import DESCRIPTION, describe
 from t5x_domain.conversion.huggingface import require_exportable
+from t5x_domain.conversion.rtd import remaining_model
 from t5x_domain.data.curriculum import Phase
 from t5x_domain.data.tasks import Mixture
 from t5x_domain.errors import UserError
@@ -20,6 +21,8 @@ from t5x_domain.objectives.losses import language_model_loss
 from t5x_domain.parallel.mesh import MeshShape
 from t5x_domain.training.checkpoint import Retention
 from t5x_domain.training.optimizer import Updates
+
+_LOSSES = ("language_model_loss", "replaced_token_detection_loss")
 
 
 @gin.configurable
@@ -102,7 +105,7 @@ class Run:
         if self.init_embedding not in (None, "mean", "random"):
             raise UserError(f"Run.init_embedding = {self.init_embedding!r}: choose 'mean' or 'random', or None.")
         if self.export_on_finish is not None:  # what cannot be exported is to be said before it is trained
-            require_exportable(self.model, self.config, self.vocabulary, self.prefix_lm)
+            require_exportable(*remaining_model(self.model, self.config), self.vocabulary, self.prefix_lm)
 
     @property
     def prefix_lm(self) -> list[str]:
@@ -125,8 +128,9 @@ class Run:
             "Run.seed": self.seed,
             **{f"Run.{key}": getattr(self, key) for key in ("init_from", "init_embedding", "init_optimizer")},
             "Updates.optimizer": repr(self.updates.optimizer),
+            "Updates.groups": self.updates.groups and {p: repr(g.optimizer) for p, g in self.updates.groups.items()},
             "Updates.freeze": list(self.updates.freeze),
-            **{f"{name} bindings": gin.get_bindings(name) for name in ("Batches", "language_model_loss")},
+            **{f"{name} bindings": gin.get_bindings(name) for name in ("Batches", *_LOSSES)},
         }
         return json.loads(json.dumps(described, default=repr))
 

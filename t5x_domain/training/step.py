@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from t5x_domain.objectives.losses import weight_totals
 from t5x_domain.parallel.sharding import use_mesh
 from t5x_domain.training.state import Blueprint, TrainState
 
@@ -27,7 +28,8 @@ def make_train_step(
     Args:
       blueprint: the model and its mesh.
       loss: (model, batch, rng) -> (sum to differentiate, sums to report with `weight` among them). The gradient
-        is that of the sum over the whole batch divided by `weight`, however many parts it is computed in.
+        is that of the sum over the whole batch divided by `weight`, however many parts it is computed in. Each part
+        brings the sums of the whole batch's weights, see `objectives.losses.total`.
       transform: from `Updates.build`.
       seed: dropout at a step is a function of (seed, step).
       accumulation_steps: parts of the batch handled one after the other; divides the batch size.
@@ -48,14 +50,15 @@ def make_train_step(
             return gradients(params, batch, rng)
         # Part i takes every n-th row, so that each device keeps the rows it has.
         parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, accumulation_steps, *x.shape[1:]), 1, 0), dict(batch))
+        totals = weight_totals(batch)
         total = jax.tree.map(
             lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
-            jax.eval_shape(gradients, params, jax.tree.map(lambda x: x[0], parts), rng),
+            jax.eval_shape(gradients, params, jax.tree.map(lambda x: x[0], parts) | totals, rng),
         )
 
         def body(total: Any, part: Any) -> tuple[Any, None]:
             index, rows = part
-            return jax.tree.map(jnp.add, total, gradients(params, rows, jax.random.fold_in(rng, index))), None
+            return jax.tree.map(jnp.add, total, gradients(params, rows | totals, jax.random.fold_in(rng, index))), None
 
         return jax.lax.scan(body, total, (jnp.arange(accumulation_steps), parts))[0]
 

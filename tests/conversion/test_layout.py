@@ -13,6 +13,7 @@ from t5x_domain.conversion.placing import place
 from t5x_domain.conversion.tensors import Tensor
 from t5x_domain.models.assemblies import DecoderOnly, EncoderDecoder, EncoderOnly
 from t5x_domain.models.config import ModelConfig
+from t5x_domain.models.rtd import ReplacedTokenDetection
 
 PATTERN = ModelConfig(
     **SHAPE,
@@ -31,6 +32,12 @@ MODELS = {
     "layers left over": (DecoderOnly, PATTERN),
     "fewer layers than the pattern": (DecoderOnly, dataclasses.replace(PATTERN, num_decoder_layers=1)),
     "encoder": (EncoderOnly, dataclasses.replace(CONFIG, embedding_norm=True)),
+    "generator of another depth": (
+        ReplacedTokenDetection,
+        dataclasses.replace(
+            CONFIG, num_encoder_layers=5, layer_pattern=("local", "global"), rtd_generator_layers=3, embedding_dim=4
+        ),
+    ),
 }
 
 
@@ -63,6 +70,16 @@ def test_a_pattern_with_layers_left_over():
     assert found[f"decoder/rest/blocks/0/{kernel}"].parts == (f"decoder/4/{kernel}",)
 
 
+def test_a_generator_counts_its_own_layers():
+    """5 and 3 layers of a pattern of two: two turns and a rest, one turn and a rest."""
+    found = by_name(*MODELS["generator of another depth"])
+    kernel = "self_attention/inner/query/kernel"
+    assert found[f"encoder/layers/blocks/1/{kernel}"].parts == (f"encoder/1/{kernel}", f"encoder/3/{kernel}")
+    assert found[f"encoder/rest/blocks/0/{kernel}"].parts == (f"encoder/4/{kernel}",)
+    assert found[f"generator/encoder/layers/blocks/1/{kernel}"].parts == (f"generator/encoder/1/{kernel}",)
+    assert found[f"generator/encoder/rest/blocks/0/{kernel}"].parts == (f"generator/encoder/2/{kernel}",)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_every_parameter_has_exactly_one_place(name):
     model, config = MODELS[name]
@@ -89,7 +106,7 @@ def test_any_depth_and_pattern(depth, pattern, scanned):
     assert sorted(numbers) == list(range(depth))
 
 
-@pytest.mark.parametrize("name", ["bias in every layer", "layers left over", "encoder"])
+@pytest.mark.parametrize("name", ["bias in every layer", "layers left over", "encoder", "generator of another depth"])
 def test_scanned_and_unrolled_models_with_the_same_values_compute_the_same(name):
     model, config = MODELS[name]
     rng = np.random.default_rng(0)

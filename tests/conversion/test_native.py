@@ -146,6 +146,7 @@ def configs_that_differ():
     """One value other than the default of every setting."""
     other = {
         "vocab_size": 77,
+        "embedding_dim": 4,
         "num_kv_heads": 1,
         "mlp_activations": ("silu", "linear"),
         "norm": "layernorm",
@@ -158,6 +159,8 @@ def configs_that_differ():
         "final_logit_softcap": 30.0,
         "dtype": "bfloat16",
         "remat": "minimal",
+        "rtd_generator_layers": 1,
+        "rtd_embedding_sharing": "tied",
         "attention_backend": "xla",
         "sequence_attention": "ring",
     }

@@ -5,16 +5,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from t5x_domain.data.packing import DecoderOnly, EncoderDecoder, Example
+from t5x_domain.data.packing import DecoderOnly, EncoderDecoder, EncoderOnly, Example
 from t5x_domain.data.vocabulary import ByteVocabulary
 from t5x_domain.errors import UserError
 from t5x_domain.objectives.language_modeling import CausalLM, PrefixLM
+from t5x_domain.objectives.masked_lm import MaskedLM
 from t5x_domain.objectives.span_corruption import SpanCorruption
 
 
-def example(inputs, targets, component_id=0, prefix=()):
+def example(inputs, targets, component_id=0, prefix=(), chosen=()):
     return Example(
-        *(np.array(tokens, np.int32) for tokens in (inputs, targets)), component_id, np.array(prefix, np.int32)
+        *(np.array(tokens, np.int32) for tokens in (inputs, targets)),
+        component_id,
+        np.array(prefix, np.int32),
+        np.array(chosen, bool),
     )
 
 
@@ -25,7 +29,7 @@ PAIR = [example([7, 8, 5, 1], [3, 9, 1], component_id=2), example([8, 4, 9, 3, 1
 def assert_features(batch, expected):
     assert {name: feature[0].tolist() for name, feature in batch.items()} == expected
     for name, feature in batch.items():
-        assert feature.dtype == (np.float32 if name == "decoder_loss_weights" else np.int32)
+        assert feature.dtype == (np.float32 if name.endswith("weights") else np.int32)
 
 
 def test_encoder_decoder_as_seqio_documents_it():
@@ -131,6 +135,29 @@ def test_prefix_in_a_decoder():
     )
 
 
+def test_masked_tokens_are_learnt_where_they_stand():
+    """A token that is masked (99), one that was replaced (5 for 7) and one that was kept (8) count for the loss;
+    prefix, EOS and padding do not. `encoder_token_weights` leave out prefix and padding only."""
+    rows = [
+        example([99, 5, 8, 9, 1], [6, 7, 8, 9, 1], 2, prefix=[20, 21], chosen=[1, 1, 1, 0, 0]),
+        example([4, 99, 1], [4, 3, 1], 5, chosen=[0, 1, 0]),
+    ]
+    assert_features(
+        EncoderOnly().batch([rows], {"inputs": 12}),
+        {
+            "encoder_input_tokens": [20, 21, 99, 5, 8, 9, 1, 4, 99, 1, 0, 0],
+            "encoder_segment_ids": [1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 0, 0],
+            "encoder_positions": [0, 1, 2, 3, 4, 5, 6, 0, 1, 2, 0, 0],
+            "encoder_target_tokens": [20, 21, 6, 7, 8, 9, 1, 4, 3, 1, 0, 0],
+            "encoder_loss_weights": [0, 0, 1, 1, 1, 0, 0, 0, 1, 0, 0, 0],
+            "encoder_token_weights": [0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0],
+            "component_ids": [2, 2, 2, 2, 2, 2, 2, 5, 5, 5, 0, 0],
+        },
+    )
+    empty = EncoderOnly().batch([[], rows], {"inputs": 12})
+    assert all(not feature[0].any() and feature[1].any() for feature in empty.values())
+
+
 def test_without_prefix_nothing_changes():
     plain = [[Example(e.inputs, e.targets, e.component_id) for e in PAIR]]
     empty = [[e._replace(prefix=np.empty(0, np.int32)) for e in PAIR]]
@@ -210,6 +237,32 @@ def test_segments_give_the_examples_back(triples, layout):
     assert batch["decoder_loss_weights"].sum() == sum(len(targets) for _, targets, _ in triples)
 
 
+MASKED = st.lists(st.tuples(st.integers(2, 99), st.integers(2, 99), st.booleans()), min_size=1, max_size=6)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(MASKED, st.lists(st.integers(0, 99), max_size=4)), max_size=6))
+def test_segments_of_an_encoder_give_the_examples_back(pairs):
+    examples = [
+        example(
+            *([*column, 1] for column in list(zip(*tokens, strict=True))[:2]), 7, prefix, [t[2] for t in tokens] + [0]
+        )
+        for tokens, prefix in pairs
+    ]
+    batch = {name: feature[0] for name, feature in EncoderOnly().batch([examples], {"inputs": 66}).items()}
+    for segment, one in enumerate(examples, start=1):
+        own = batch["encoder_segment_ids"] == segment
+        before, no = one.prefix.tolist(), [0] * len(one.prefix)
+        assert batch["encoder_input_tokens"][own].tolist() == before + one.inputs.tolist()
+        assert batch["encoder_target_tokens"][own].tolist() == before + one.targets.tolist()
+        assert batch["encoder_loss_weights"][own].tolist() == no + one.chosen.tolist()
+        assert batch["encoder_token_weights"][own].tolist() == no + [1] * len(one.inputs)
+        assert batch["encoder_positions"][own].tolist() == list(range(len(before) + len(one.inputs)))
+        assert set(batch["component_ids"][own]) == {7}
+    padding = batch["encoder_segment_ids"] == 0
+    assert not any(feature[padding].any() for feature in batch.values())
+
+
 def test_raw_lengths_fill_the_rows():
     lengths = {"inputs": 512, "targets": 114}
     assert EncoderDecoder().raw_length(SpanCorruption(), lengths) == 568  # as T5
@@ -217,6 +270,7 @@ def test_raw_lengths_fill_the_rows():
     assert DecoderOnly().raw_length(SpanCorruption(), lengths) == 568
     assert DecoderOnly().raw_length(PrefixLM(), lengths) == 624  # two EOS, wherever the cut falls
     assert DecoderOnly().raw_length(CausalLM(), lengths) == 625  # one EOS
+    assert EncoderOnly().raw_length(MaskedLM(), {"inputs": 512}) == 511  # one EOS
 
 
 def test_checks():
@@ -228,3 +282,8 @@ def test_checks():
         DecoderOnly().check(SpanCorruption(0.5, 3.0), {"inputs": 512, "targets": 512}, vocabulary)
     with pytest.raises(UserError, match="too short for two tokens"):
         DecoderOnly().check(PrefixLM(), {"inputs": 1, "targets": 2}, vocabulary)
+    EncoderOnly().check(MaskedLM(), {"inputs": 3}, vocabulary)
+    with pytest.raises(UserError, match="mlm: the inputs length 2 is too short"):
+        EncoderOnly().check(MaskedLM(), {"inputs": 2}, vocabulary)
+    with pytest.raises(UserError, match="raise ByteVocabulary.extra_ids"):
+        EncoderOnly().check(MaskedLM(), {"inputs": 8}, ByteVocabulary(extra_ids=0))

@@ -18,6 +18,21 @@ from t5x_domain.objectives.prefix import Mode
 VOCABULARY = ByteVocabulary(extra_ids=100)
 
 
+class Notice:
+    """Told to stop at a certain question, which comes once in a step."""
+
+    def __init__(self, stops_at):
+        self._left = stops_at
+
+    @property
+    def given(self):
+        self._left -= 1
+        return self._left == 0
+
+    def close(self):
+        pass
+
+
 def test_what_was_seen_is_counted_once_across_an_interruption(two_corpora, monkeypatch):
     """Stopped after 10 steps, between the logged steps 8 and 12."""
     import jax
@@ -25,19 +40,6 @@ def test_what_was_seen_is_counted_once_across_an_interruption(two_corpora, monke
     from t5x_domain.data.preparation import prepare
     from t5x_domain.training import loop
     from t5x_domain.training.run import Run
-
-    class Notice:
-        """Told to stop at the tenth question."""
-
-        asked = 0
-
-        @property
-        def given(self):
-            self.asked += 1
-            return self.asked == 10
-
-        def close(self):
-            pass
 
     monkeypatch.setattr("jax.devices", lambda *_: jax.local_devices()[:1])
     files = ["models/tiny", "mixtures/sample", "runs/pretrain", "recipes/upsampling"]
@@ -47,7 +49,7 @@ def test_what_was_seen_is_counted_once_across_an_interruption(two_corpora, monke
     assert loop.train(run) == 0
     stopped = dataclasses.replace(run, run_dir=f"{run.run_dir}-stopped")
     with monkeypatch.context() as patched:
-        patched.setattr(loop, "PreemptionNotice", Notice)
+        patched.setattr(loop, "PreemptionNotice", lambda: Notice(10))
         assert loop.train(stopped) == loop.EXIT_PREEMPTED
     assert loop.train(stopped) == 0
     assert (Path(stopped.run_dir) / "phases.json").read_bytes() == (Path(run.run_dir) / "phases.json").read_bytes()
@@ -232,3 +234,57 @@ def test_recipes_run(name, two_corpora, monkeypatch, capsys):
             {"s": 0.5, "r3_15": 0.25, "x32_15": 0.125, "x32_50": 0.125}, abs=0.04
         )
         assert rates[-1] == pytest.approx(1e-6 + (1e-4 - 1e-6) * (1 + np.cos(np.pi * 19 / 20)) / 2, rel=1e-4)
+
+
+def test_replaced_token_detection_on_eight_devices(two_corpora, monkeypatch, capsys, tmp_path):
+    """Stopped after 3 of 6 steps it ends to the bit as if it was not; what it leaves is an encoder."""
+    from t5x_domain.conversion.formats import open_checkpoint
+    from t5x_domain.conversion.native import open_native
+    from t5x_domain.conversion.rtd import discriminator
+    from t5x_domain.data.preparation import prepare
+    from t5x_domain.training import loop
+    from t5x_domain.training.run import Run
+
+    files = ["models/tiny", "mixtures/sample", "runs/rtd"]
+    settings = [
+        "MODEL = @ReplacedTokenDetection",
+        "Run.packing = 'first_fit'",
+        "MeshShape.data = 1",
+        "MeshShape.fsdp = 8",
+        "TRAIN_STEPS = 6",
+        "Run.log_every = 1",
+        "linear.peak = 0.01",
+        "linear.warmup_steps = 1",
+        "mixture_of_denoisers.metadata = @Metadata()",
+        "Metadata.templates = ('Source: {source} ',)",
+        "Updates.groups = {'^generator/': @generator/ParameterGroup()}",
+        "generator/ParameterGroup.optimizer = @AdamW()",
+        "generator/ParameterGroup.schedule = @generator/linear()",
+        "generator/linear.peak = 0.001",
+        "generator/linear.total_steps = 6",
+    ]
+    cli.load_gin([f"gin/{file}.gin" for file in files], [*two_corpora, *settings])
+    cli.build(prepare)
+    run = dataclasses.replace(cli.build(Run), export_on_finish=str(tmp_path / "hf"))
+    assert loop.train(run) == 0
+    stopped = dataclasses.replace(run, run_dir=f"{run.run_dir}-stopped", export_on_finish=None)
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "PreemptionNotice", lambda: Notice(3))
+        assert loop.train(stopped) == loop.EXIT_PREEMPTED
+    assert loop.train(stopped) == 0
+    ours, again = (open_native(folder) for folder in (run.run_dir, stopped.run_dir))
+    for name, tensor in ours.tensors.items():
+        np.testing.assert_array_equal(again.tensors[name].read(), tensor.read(), err_msg=name)
+    assert "held-out binary cross-entropy" in capsys.readouterr().out
+    scores = json.loads((Path(run.run_dir) / "eval.json").read_text())
+    for corpus in ("biomedical", "general"):
+        before, after = (scores[when][corpus] for when in ("before", "after"))
+        assert after["loss"] < before["loss"] and after["generator_loss"] < before["generator_loss"]
+        assert "perplexity" not in after and after["without_room"] == 0
+    exported, encoder = open_checkpoint(str(tmp_path / "hf")), discriminator(ours)
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["architectures"] == ["T5EncoderModel"]
+    assert exported.tensors.keys() == encoder.tensors.keys()
+    for name, tensor in encoder.tensors.items():
+        np.testing.assert_array_equal(exported.tensors[name].read(), tensor.read(), err_msg=name)
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert "| corpus | binary cross-entropy | targets guessed right |" in card and "| layers | 1 encoder |" in card

@@ -74,6 +74,29 @@ def test_identity_normalization_keeps_the_text(tmp_path):
     assert Vocabulary(path).decode(Vocabulary(path).encode(text)) == text
 
 
+def test_what_ids_stand_for(model_file):
+    """pad, end, unknown | 256 single bytes | 21 pieces learnt | 7 sentinels."""
+    vocabulary = Vocabulary(model_file, extra_ids=7)
+    kinds = vocabulary.pieces
+    assert kinds.text.tolist() == [False] * 3 + [True] * 277 + [False] * 7
+    assert kinds.characters.tolist() == [False] * 259 + [True] * 21 + [False] * 7
+    ids = vocabulary.encode("hearts, hearts é")
+    begins = [vocabulary.decode([10, i])[1:].startswith(" ") for i in ids.tolist()]  # 10 is a byte of no word
+    assert kinds.begins_word[ids].tolist() == begins and begins.count(True) == 3
+    comma, *accent = vocabulary.encode(",é")[1:].tolist()
+    assert not kinds.goes_on[comma] and kinds.goes_on[accent].all() and len(accent) == 2
+    assert not kinds.goes_on[kinds.begins_word].any()
+
+
+def test_what_bytes_stand_for():
+    vocabulary = ByteVocabulary(extra_ids=7)
+    kinds = vocabulary.pieces
+    assert kinds.text.tolist() == kinds.characters.tolist() == [False] * 3 + [True] * 256 + [False] * 7
+    ids = vocabulary.encode("a b\n9é-")
+    assert kinds.begins_word[ids].astype(int).tolist() == [0, 1, 0, 1, 0, 0, 0, 0]
+    assert kinds.goes_on[ids].astype(int).tolist() == [1, 0, 1, 0, 1, 1, 1, 0]
+
+
 MODES = ["[R]", "[X]", "[S]"]
 TEXTS_WITH_MODES = [*TEXTS, "[ R ] [ X ] [ S ] [R] [X] [S] " * 20]
 PIECES_WITH_MODES = 290

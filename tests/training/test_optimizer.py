@@ -9,7 +9,7 @@ from tiny import CONFIG, blueprint
 
 from t5x_domain.errors import UserError
 from t5x_domain.models.names import path_name
-from t5x_domain.training.optimizer import Adafactor, AdamW, Muon, Updates
+from t5x_domain.training.optimizer import Adafactor, AdamW, Muon, ParameterGroup, Updates
 from t5x_domain.training.schedule import constant
 
 OPTIMIZERS = [Adafactor(min_dim_size_to_factor=16), AdamW(), Muon()]
@@ -107,3 +107,40 @@ def test_clipping_bounds_the_global_norm():
 def test_a_freeze_pattern_that_matches_nothing_is_refused():
     with pytest.raises(UserError, match=r"Updates.freeze: 'encodr' matches no parameter.*encoder/norm/scale"):
         Updates(AdamW(), constant(0.1), freeze=("encodr",)).build(blueprint().axes)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda o: type(o).__name__)
+def test_a_group_learns_as_if_it_were_alone(optimizer):
+    """With its own optimizer and schedule, clipped by its own norm; and so does the rest."""
+    plan = blueprint()
+    params, gradients = random_like(plan.shapes, 0), random_like(plan.shapes, 1)
+    rule = ParameterGroup(optimizer, constant(0.3), clip_global_norm=0.5, weight_decay=0.01)
+
+    def update(transform, chosen):
+        part = {name: params[name] for name in chosen}
+        return transform.update({name: gradients[name] for name in chosen}, transform.init(part), part)[0]
+
+    rest = [name for name in params if name != "encoder"]
+    grouped = Updates(AdamW(), constant(0.1), clip_global_norm=1.0, groups={"^encoder/": rule}).build(plan.axes)
+    alone = update(rule.chain({"encoder": plan.axes["encoder"]}), ["encoder"])
+    others = update(Updates(AdamW(), constant(0.1), clip_global_norm=1.0).build({n: plan.axes[n] for n in rest}), rest)
+    jax.tree.map(np.testing.assert_array_equal, update(grouped, list(params)), alone | others)
+
+
+def test_groups_and_freezing_together():
+    plan = blueprint()
+    params, gradients = random_like(plan.shapes, 0), random_like(plan.shapes, 1)
+    rule = ParameterGroup(Adafactor(min_dim_size_to_factor=16), constant(0.3))
+    updates = Updates(AdamW(), constant(0.1), freeze=("^encoder/norm", "^embedding/"), groups={"^encoder/": rule})
+    transform = updates.build(plan.axes)
+    got = named(transform.update(gradients, transform.init(params), params)[0])
+    still = {name for name, update in got.items() if not np.any(update)}
+    assert still == {name for name in got if name.startswith(("encoder/norm", "embedding/"))}
+
+
+def test_a_group_of_nothing_is_refused():
+    updates = Updates(AdamW(), constant(0.1), groups={"^generator/": ParameterGroup(AdamW(), constant(0.1))})
+    with pytest.raises(
+        UserError, match=r"Updates\.groups: '\^generator/' matches no parameter; there are .*encoder/norm"
+    ):
+        updates.build(blueprint().axes)

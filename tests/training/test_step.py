@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from exact import MESHES, assert_exact, loss_and_gradients
 from tiny import CONFIG, LOSS, MODELS, batch, blueprint, mesh
 
 from t5x_domain.parallel.sharding import use_mesh
@@ -11,39 +12,7 @@ from t5x_domain.training.optimizer import Adafactor, Updates
 from t5x_domain.training.schedule import constant
 from t5x_domain.training.step import make_eval_step, make_train_step
 
-# Both sides compute the same sums in another order, in float64. A sum of n terms is off by at most n u relative to
-# the sum of magnitudes (u = 2^-53), and its relative error is carried to what depends on it. The longest sum here has
-# n = 512 terms (the vocabulary; the batch has 16 x 16 targets), and a gradient depends on a chain of at most 64
-# products: 4 blocks of at most 8, forward and backward. Anything wrong, say a row counted twice, is off by 1/256.
-EXACT = 64 * 512 * 2.0**-53
-
-MESHES = {
-    "data": {"data": 8},
-    "fsdp": {"data": 1, "fsdp": 8},
-    "tensor_fsdp": {"data": 1, "tensor": 2, "fsdp": 4},
-    "sequence": {"data": 2, "sequence": 2, "tensor": 2},
-    "ring": {"data": 2, "sequence": 4},
-}
 EXACT_CONFIG = dataclasses.replace(CONFIG, dtype="float64")
-
-
-def loss_and_gradients(plan, params, rows, accumulation_steps=1):
-    """The gradient that a step uses, seen through an optimizer that subtracts it, and the loss."""
-    transform = optax.sgd(1.0)
-    before = jax.tree.map(np.asarray, params)
-    state = plan.init_state(params, transform)
-    step = make_train_step(plan, LOSS, transform, seed=0, accumulation_steps=accumulation_steps)
-    state, metrics = step(state, rows)
-    gradients = jax.tree.map(lambda old, new: old - np.asarray(new), before, state.params)
-    return float(metrics["loss"]), gradients
-
-
-def assert_exact(got, wanted):
-    assert abs(got[0] - wanted[0]) <= EXACT * abs(wanted[0])
-    for a, b in zip(jax.tree.leaves(got[1]), jax.tree.leaves(wanted[1]), strict=True):
-        assert b.dtype == np.float64
-        # old - (old - gradient) rounds at the size of the parameter, which is at most about 4 for N(0, 1).
-        assert np.abs(a - b).max() <= EXACT * np.abs(b).max() + 8 * 2.0**-53 * 4
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -53,7 +22,7 @@ def single(request):
     with jax.enable_x64(True):
         plan = blueprint(model=model, config=EXACT_CONFIG)
         params = jax.tree.map(lambda p: np.asarray(p, np.float64), plan.init(0))
-        return model, params, batch(), loss_and_gradients(plan, params, batch())
+        return model, params, batch(), loss_and_gradients(plan, LOSS, params, batch())
 
 
 @pytest.mark.parametrize("shape", MESHES)
@@ -62,7 +31,7 @@ def test_loss_and_gradients_do_not_depend_on_the_mesh(single, shape):
     with jax.enable_x64(True):
         config = dataclasses.replace(EXACT_CONFIG, sequence_attention="ring" if shape == "ring" else "gather")
         plan = blueprint(mesh(**MESHES[shape]), model, config)
-        assert_exact(loss_and_gradients(plan, params, rows), wanted)
+        assert_exact(loss_and_gradients(plan, LOSS, params, rows), wanted)
 
 
 @pytest.mark.parametrize("shape", [{}, {"data": 4, "fsdp": 2}])
@@ -70,7 +39,7 @@ def test_accumulation_equals_the_large_batch(single, shape):
     model, params, rows, wanted = single
     with jax.enable_x64(True):
         plan = blueprint(mesh(**shape), model, EXACT_CONFIG)
-        assert_exact(loss_and_gradients(plan, params, rows, accumulation_steps=2), wanted)
+        assert_exact(loss_and_gradients(plan, LOSS, params, rows, accumulation_steps=2), wanted)
 
 
 def test_the_check_itself_can_fail(single):
@@ -79,7 +48,7 @@ def test_the_check_itself_can_fail(single):
         rows = {**rows, "decoder_loss_weights": rows["decoder_loss_weights"].copy()}
         rows["decoder_loss_weights"][0, 0] = 0.0
         with pytest.raises(AssertionError):
-            assert_exact(loss_and_gradients(blueprint(model=model, config=EXACT_CONFIG), params, rows), wanted)
+            assert_exact(loss_and_gradients(blueprint(model=model, config=EXACT_CONFIG), LOSS, params, rows), wanted)
 
 
 def test_loss_is_the_mean_over_targets_and_corpora_add_up():
