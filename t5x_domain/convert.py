@@ -42,6 +42,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         choices=("mean", "random"),
         help="rows of new pieces: the mean of the old pieces they are made of, or random (default: mean)",
     )
+    decoder = parser.add_argument_group("a decoder", "for an encoder alone, which then can write")
+    decoder.add_argument("--decoder", metavar="DIR", help="take that of an encoder-decoder of the same widths")
+    decoder.add_argument("--new_decoder_layers", type=int, metavar="N", help="make N layers of the encoder's own")
     flags, bindings = cli.parse(parser, argv)
     cli.run("convert", lambda: _convert(flags, bindings))
 
@@ -64,7 +67,7 @@ def _convert(flags: argparse.Namespace, bindings: Sequence[str]) -> None:
     for assumption in checkpoint.facts.get("assumed", ()) if source_format == "t5x" else ():
         print(f"assumed: {assumption}")
     known = len(checkpoint.facts.get("notes", ()))
-    checkpoint = _with_dtype(_with_vocabulary(checkpoint, flags), flags.dtype)
+    checkpoint = _with_decoder(_with_dtype(_with_vocabulary(checkpoint, flags), flags.dtype), flags)
     for note in checkpoint.facts.get("notes", ())[known:]:
         print(note)
     check = (lambda folder: _check(flags, checkpoint, folder)) if flags.check else (lambda folder: None)
@@ -154,6 +157,20 @@ def _with_vocabulary(checkpoint: "Checkpoint", flags: argparse.Namespace) -> "Ch
     return checkpoint.with_vocabulary(new, rows, init=flags.init_embedding or "mean")
 
 
+def _with_decoder(checkpoint: "Checkpoint", flags: argparse.Namespace) -> "Checkpoint":
+    from t5x_domain.adaptation.joining import with_decoder, with_new_decoder
+    from t5x_domain.conversion.formats import open_checkpoint
+    from t5x_domain.conversion.rtd import discriminator
+
+    if flags.decoder is not None and flags.new_decoder_layers is not None:
+        raise UserError("--decoder and --new_decoder_layers: an encoder has one decoder; leave one of them out.")
+    if flags.decoder is not None:
+        return with_decoder(checkpoint, discriminator(open_checkpoint(flags.decoder, flag="--decoder")))
+    if flags.new_decoder_layers is not None:
+        return with_new_decoder(checkpoint, flags.new_decoder_layers)
+    return checkpoint
+
+
 def _with_dtype(checkpoint: "Checkpoint", dtype: str | None) -> "Checkpoint":
     import dataclasses
 
@@ -175,11 +192,11 @@ def _require_checkable(flags: argparse.Namespace, source_format: str) -> None:
             f"--check compares with transformers, and neither {source_format} nor {flags.to_format} runs there; "
             "convert to huggingface with --check."
         )
-    changed = any(getattr(flags, change) is not None for change in ("dtype", *_CHANGES))
+    changed = any(getattr(flags, c) is not None for c in ("dtype", "decoder", "new_decoder_layers", *_CHANGES))
     if flags.to_format == "native" and changed:
         raise UserError(
-            "--check compares the result with --from, but another dtype or vocabulary is asked for; convert the result "
-            "to huggingface with --check."
+            "--check compares the result with --from, but another dtype, vocabulary or decoder is asked for; convert "
+            "the result to huggingface with --check."
         )
     require_transformers(flags.check_python or sys.executable)
 

@@ -209,6 +209,7 @@ OTHER = {
     "embedding_norm": True,
     "relative_bias_per_layer": True,
     "layer_pattern": ("local", "global"),
+    "decoder_layer_pattern": ("local",),
     "qk_norm": True,
     "attention_softcap": 50.0,
     "final_logit_softcap": 30.0,

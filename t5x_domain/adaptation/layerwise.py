@@ -39,11 +39,11 @@ def places(blueprint: Blueprint) -> dict[str, Place]:
     depths = {"encoder": config.num_encoder_layers, "decoder": config.num_decoder_layers}
     names = {path_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(blueprint.shapes)[0]}
     used = [depth for stack, depth in depths.items() if any(f"{stack}/" in name for name in names)]
-    kinds = len(config.layer_pattern)
 
     def place(name: str, shape: tuple[int, ...]) -> Place:
         if found := _IN_LAYER.search(name):
             stack, group, block = found[1], found[2], int(found[3])
+            kinds = len(config.pattern(causal=stack == "decoder"))
             if group == "layers":
                 return Place(np.arange(shape[0]) * kinds + block, depths[stack])
             scanned = depths[stack] // kinds * kinds if config.scan_layers else 0

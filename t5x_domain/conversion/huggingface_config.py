@@ -265,6 +265,8 @@ def _differences(config: ModelConfig, fixed: Mapping[str, Any]) -> list[str]:
     ]
     if set(config.layer_pattern) != {GLOBAL}:
         problems.append(f"layer_pattern = {tuple(config.layer_pattern)} (only 'global')")
+    if set(config.decoder_layer_pattern or {GLOBAL}) != {GLOBAL}:
+        problems.append(f"decoder_layer_pattern = {tuple(config.decoder_layer_pattern)} (only 'global')")
     return problems
 
 

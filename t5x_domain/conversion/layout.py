@@ -53,13 +53,12 @@ def leaves(model: type[LanguageModel], config: ModelConfig) -> list[Leaf]:
     shapes = {path_name(path): param.shape for path, param in jax.tree_util.tree_flatten_with_path(params)[0]}
     in_layer = {name: found for name in shapes if (found := _IN_LAYER.fullmatch(name))}
     repeats = {found["stack"]: shapes[name][0] for name, found in in_layer.items() if found["group"] == "layers"}
-    kinds = len(config.layer_pattern)
 
     def leaf(name: str, shape: tuple[int, ...]) -> Leaf:
         if name not in in_layer:
             return Leaf(name, shape, (name,), stacked=False)
         stack, group, block, inner = in_layer[name].groups()
-        turns = repeats.get(stack, 0)
+        turns, kinds = repeats.get(stack, 0), len(config.pattern(causal=stack == "decoder"))
         if group == "layers":
             parts = tuple(f"{stack}/{turn * kinds + int(block)}/{inner}" for turn in range(turns))
             return Leaf(name, shape, parts, stacked=True)

@@ -43,6 +43,7 @@ class ModelConfig:
       rope_base_local: base in local layers.
       layer_pattern: kinds of consecutive layers, "global" or "local", repeated through the stack. Layers left over
         when the depth is no multiple of the pattern follow its beginning.
+      decoder_layer_pattern: of decoders, where it differs: a long encoder's windows are seldom wanted in a decoder.
       local_window: a local layer's query sees keys at most this many positions away.
       attention_scale: "none" as T5, whose initialiser makes up for it, or "head_dim" for 1/sqrt(head_dim).
       qk_norm: RMSNorm of queries and keys, per head (Dehghani et al. 2023).
@@ -89,6 +90,7 @@ class ModelConfig:
     rope_base: float = 10_000.0
     rope_base_local: float = 10_000.0
     layer_pattern: Sequence[str] = (GLOBAL,)
+    decoder_layer_pattern: Sequence[str] | None = None
     local_window: int = 128
     attention_scale: Literal["none", "head_dim"] = "none"
     qk_norm: bool = False
@@ -128,7 +130,10 @@ class ModelConfig:
         lists = {
             "mlp_activations": ("gelu", "gelu_exact", "relu", "silu", "linear"),
             "layer_pattern": (GLOBAL, LOCAL),
+            "decoder_layer_pattern": (GLOBAL, LOCAL),
         }
+        if self.decoder_layer_pattern is None:
+            del lists["decoder_layer_pattern"]
         for key, allowed in lists.items():
             if not getattr(self, key) or not set(getattr(self, key)) <= set(allowed):
                 raise UserError(f"ModelConfig.{key} = {getattr(self, key)!r}: a list of {', '.join(allowed)}.")
@@ -146,6 +151,10 @@ class ModelConfig:
     def kv_heads(self) -> int:
         """Key and value heads."""
         return self.num_kv_heads or self.num_heads
+
+    def pattern(self, *, causal: bool) -> tuple[str, ...]:
+        """Kinds of consecutive layers of a decoder's stack, which is causal, or of an encoder's."""
+        return tuple((causal and self.decoder_layer_pattern) or self.layer_pattern)
 
     def window(self, kind: str) -> tuple[int, int] | None:
         """Positions before and after a query that a layer of this kind sees; None for all."""

@@ -69,7 +69,7 @@ class Block(nnx.Module):
 
 
 class Pattern(nnx.Module):
-    """One turn of `config.layer_pattern`, or its beginning."""
+    """One turn of a stack's pattern of layers, or its beginning."""
 
     def __init__(
         self, config: ModelConfig, kinds: tuple[str, ...], *, scanned: bool, rngs: nnx.Rngs, **options: bool
@@ -104,7 +104,7 @@ class Stack(nnx.Module):
         self, config: ModelConfig, num_layers: int, *, causal: bool, cross_attention: bool = False, rngs: nnx.Rngs
     ) -> None:
         """`num_layers` blocks: whole patterns are scanned, what is left over follows."""
-        kinds, options = tuple(config.layer_pattern), {"causal": causal, "cross_attention": cross_attention}
+        kinds, options = config.pattern(causal=causal), {"causal": causal, "cross_attention": cross_attention}
         repeats, rest = divmod(num_layers, len(kinds))
         if not config.scan_layers:
             kinds, repeats, rest = kinds * repeats + kinds[:rest], 0, num_layers
@@ -122,7 +122,7 @@ class Stack(nnx.Module):
             mask = Mask(causal=self.causal, window=self.config.window(kind))
             return plan(self.config, x, mask=mask, segment_ids=ids, prefix=prefix)
 
-        return {kind: plan_of(kind) for kind in sorted(set(self.config.layer_pattern))}
+        return {kind: plan_of(kind) for kind in sorted(set(self.config.pattern(causal=self.causal)))}
 
     def __call__(
         self,

@@ -171,8 +171,8 @@ def _require_same_meaning(checkpoint: Checkpoint, blueprint: Blueprint) -> None:
             "--gin.restore_params.strict=False."
         )
     theirs, ours = (dataclasses.asdict(config) for config in (checkpoint.config, blueprint.config))
-    for key in ("mlp_activations", "layer_pattern"):
-        theirs[key], ours[key] = tuple(theirs[key]), tuple(ours[key])
+    for key in ("mlp_activations", "layer_pattern", "decoder_layer_pattern"):
+        theirs[key], ours[key] = (tuple(value[key] or ()) for value in (theirs, ours))
     for config in (theirs, ours):
         config["num_kv_heads"] = config["num_kv_heads"] or config["num_heads"]
     differing = [key for key in ours if key not in _FREE and theirs[key] != ours[key]]

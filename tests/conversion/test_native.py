@@ -155,6 +155,7 @@ def configs_that_differ():
         "position": "rope",
         "attention_scale": "head_dim",
         "layer_pattern": ("local", "local", "global"),
+        "decoder_layer_pattern": ("local", "global"),
         "attention_softcap": 50.0,
         "final_logit_softcap": 30.0,
         "dtype": "bfloat16",
