@@ -20,12 +20,12 @@ class EveryNth(NamedTuple):
     Attributes:
       index: [B, S // n] int32, where they stand in the row; S in slots without one.
       place: of all queries among them.
-      rows: of their own queries among all tokens of the row.
+      own: of their own queries among all tokens of the row.
     """
 
     index: jax.Array
     place: SidePlace
-    rows: SidePlace
+    own: SidePlace
 
 
 class Transient(NamedTuple):

@@ -6,12 +6,12 @@ from flax import nnx
 
 from t5x_domain.errors import UserError
 from t5x_domain.kernels.attention_kernel import Part
-from t5x_domain.kernels.global_blocks import EveryNth, Transient, block_sums, every_nth, put, take, transient
+from t5x_domain.kernels.global_blocks import EveryNth, Transient, block_sums, every_nth, take, transient
 from t5x_domain.kernels.mask import Mask, SegmentIds
 from t5x_domain.kernels.relative_bias import Alibi, Bias, RelativeBias
 from t5x_domain.models.config import LOCAL, ModelConfig
 from t5x_domain.models.layers import Linear, Norm, normal_param, rotate
-from t5x_domain.parallel.attention import Plan, attention, attention_plan, side_attention
+from t5x_domain.parallel.attention import Plan, attention, attention_plan
 from t5x_domain.parallel.sharding import constrain
 
 
@@ -150,28 +150,19 @@ class Attention(nnx.Module):
             rotation = jnp.arange(x.shape[1])[None] if positions is None else positions
         q = self.queries(x, rotation)
         k, v = self.keys_values(x if memory is None else memory, rotation)
-        logits = {"scale": self.scale, "softcap": self.config.attention_softcap}
-        match plan.side:
-            case EveryNth(index, place):
-                side = Part(take(k, index), take(v, index), relative_bias, place)
-            case Transient() as blocks:
-                side = self._transient(x, blocks, rotation, global_relative_bias)
-            case None:
-                side = None
+        blocks = plan.side
         out = attention(
             q,
             k,
             v,
             plan,
             relative_bias=relative_bias,
-            side=side,
+            side=self._transient(x, blocks, rotation, global_relative_bias) if isinstance(blocks, Transient) else None,
+            scale=self.scale,
+            softcap=self.config.attention_softcap,
             backend=self.config.attention_backend,
             sequence=self.config.sequence_attention,
-            **logits,
         )
-        if isinstance(plan.side, EveryNth):
-            rows = Part(k, v, relative_bias, plan.side.rows)
-            out = put(out, plan.side.index, side_attention(take(q, plan.side.index), rows, **logits))
         return self.output(out)
 
     def _transient(self, x: jax.Array, blocks: Transient, positions: jax.Array, bias: Bias | None) -> Part:

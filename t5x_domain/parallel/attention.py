@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec
 from t5x_domain.kernels import decode
 from t5x_domain.kernels.attention import Backend, check_shapes, kernel_for, visible_keys
 from t5x_domain.kernels.attention_kernel import EMPTY, AttentionKernel, Part, Place, attend, attend_parts
-from t5x_domain.kernels.global_blocks import EveryNth, Transient
+from t5x_domain.kernels.global_blocks import EveryNth, Transient, put, take
 from t5x_domain.kernels.mask import KeyIntervals, Mask, SegmentIds
 from t5x_domain.kernels.precision import accumulator
 from t5x_domain.kernels.relative_bias import Bias
@@ -93,22 +93,37 @@ def attention(
 
     Args:
       plan: of `attention_plan` for these shapes, this backend and this `sequence`.
-      side: few more keys, with a `SidePlace`, that every device holds all of; not in a ring.
+      side: with `Transient` blocks in the plan, their keys and values; not in a ring.
       backend: see `kernels.attention.backend_for`.
       sequence: how keys on other devices are reached: "gather" or "ring".
 
     Raises:
-      ValueError: shapes or dtypes do not fit together, or the plan is for other queries.
+      ValueError: shapes or dtypes do not fit together, or the plan is for other queries or blocks.
       UserError: the backend cannot do what is asked for.
     """
     check_shapes(q, k, v, relative_bias)
-    if side is not None:
-        check_shapes(q, side.k, side.v, side.bias)
-        if sequence == "ring":
-            raise ValueError("attention: keys at the side are for sequence='gather', not 'ring'")
     rows = q.shape[:2] if plan.intervals is None else plan.intervals.start.shape
     if rows[0] not in (1, q.shape[0]) or rows[1] != q.shape[1]:
         raise ValueError(f"attention: a plan for rows {rows} is not for queries {q.shape}")
+    if isinstance(plan.side, Transient) != (side is not None):
+        raise ValueError("attention: a plan with Transient blocks, and no other, needs their keys and values")
+    logits = {"scale": scale, "softcap": softcap}
+    how = {**logits, "backend": backend, "sequence": sequence}
+    if not isinstance(plan.side, EveryNth):
+        return _over_mesh(q, k, v, plan, relative_bias, side, **how)
+    index, place, own = plan.side
+    side = Part(take(k, index), take(v, index), relative_bias, place)
+    out = _over_mesh(q, k, v, plan, relative_bias, side, **how)
+    # What the global tokens' own queries see in their window is computed for nothing: they are few.
+    return put(out, index, _side_attention(take(q, index), Part(k, v, relative_bias, own), **logits))
+
+
+def _over_mesh(q, k, v, plan, relative_bias, side, *, scale, softcap, backend, sequence):
+    """Attention to the keys of the plan's intervals and those at the side."""
+    if side is not None:
+        check_shapes(q, side.k, side.v, side.bias)
+        if sequence == "ring":
+            raise ValueError("attention: global tokens of blocks are for sequence='gather', not 'ring'")
     layout = Layout.of(q, k, backend, sequence)
     k, v = _for_all_heads(layout, k, v)
     side = None if side is None else Part(*_for_all_heads(layout, *side[:2]), *side[2:])
@@ -138,14 +153,8 @@ def attention(
     return sharded(layout.mesh, compute, in_specs, queries)(*arrays)
 
 
-def side_attention(q: jax.Array, side: Part, *, scale: float = 1.0, softcap: float | None = None) -> jax.Array:
-    """`kernels.side_attention.SideAttention` over the current mesh, every device with all keys: [B, Sq, H, D].
-
-    Args:
-      q: [B, Sq, H, D].
-      side: all keys that the queries attend to, with a `SidePlace`.
-    """
-    check_shapes(q, side.k, side.v, side.bias)
+def _side_attention(q: jax.Array, side: Part, *, scale: float, softcap: float | None) -> jax.Array:
+    """Attention to keys that every device holds all of, and no others."""
     layout = Layout.of(q, side.k, "xla", "gather")
     side = Part(*_for_all_heads(layout, *side[:2]), *side[2:])
     compute = lambda q, side: attend_parts((SideAttention(scale, softcap),), q, (side,))  # noqa: E731
