@@ -115,7 +115,7 @@ def diagonals(bias: Bias, query_length: int, key_length: int, query_offset: jax.
 
 
 def bias_at(bias: Bias, relative_position: jax.Array) -> jax.Array:
-    """Bias of any distances `key position - query position`: int32 [...] -> [num_heads, ...] float32."""
+    """Bias of few distances `key position - query position`, int32 [...]: [num_heads, ...] float32."""
     if isinstance(bias, Alibi):
         slopes = jax.lax.stop_gradient(bias.slopes).reshape(-1, *[1] * relative_position.ndim)
         return -slopes * jnp.abs(relative_position).astype(slopes.dtype)
