@@ -17,6 +17,7 @@ from typing import NamedTuple
 import attention_figures
 import curricula_figures
 import numpy as np
+import sparse_figures
 from drawing import (
     BLUE,
     EDGE,
@@ -397,6 +398,7 @@ def write(folder):
         "decoder_only.svg": decoder_only(),
         "curricula.svg": curricula_figures.curricula(),
         "attention_blocks.svg": attention_figures.blocks(),
+        "attention_sparse.svg": sparse_figures.sparse(),
         "attention_skew.svg": attention_figures.skewed(),
         "attention_gradient.svg": attention_figures.gradient(),
     }

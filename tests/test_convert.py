@@ -239,7 +239,8 @@ INEXPRESSIBLE = (
 EXPRESSIBLE = {"vocab_size", "embed_dim", "mlp_dim", "num_heads", "head_dim", "num_encoder_layers"}
 EXPRESSIBLE |= {"num_decoder_layers", "norm_epsilon", "dropout_rate", "rope_base", *ModelConfig.HOW}
 EXPRESSIBLE |= {"relative_bias_buckets", "relative_bias_max_distance", "relative_bias_per_layer"}
-EXPRESSIBLE |= {"rope_base_local", "local_window"}  # of local layers, which `layer_pattern` refuses
+# Of local layers, which `layer_pattern` refuses.
+EXPRESSIBLE |= {"rope_base_local", "local_window", "global_tokens", "global_blocks", "global_block_size"}
 
 
 def test_every_setting_is_thought_of():

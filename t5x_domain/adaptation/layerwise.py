@@ -17,7 +17,7 @@ Tree = Any
 _IN_LAYER = re.compile(r"(?:^|/)(encoder|decoder)/(layers|rest)/blocks/(\d+)/")
 # What the lowest layers use: the token embedding, and the bias that a whole stack shares, which T5 counts as layer 0's.
 _INPUT = re.compile(r"(?:^|/)embedding/(?!output$)")
-_SHARED_BIAS = re.compile(r"(?:^|/)(encoder|decoder)/relative_bias/")
+_SHARED_BIAS = re.compile(r"(?:^|/)(encoder|decoder)/(?:global_)?relative_bias/")
 
 
 class Place(NamedTuple):

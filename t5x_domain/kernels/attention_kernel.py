@@ -8,6 +8,7 @@ import functools
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 
 from t5x_domain.kernels.mask import KeyIntervals
 from t5x_domain.kernels.relative_bias import Bias
@@ -87,3 +88,53 @@ def _attend_bwd(kernel, residuals, d_out):
 
 
 attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+class Part(NamedTuple):
+    """Some of the keys that queries attend to.
+
+    Attributes:
+      k: [B, Sk, Hk, D].
+      v: [B, Sk, Hk, D].
+      bias: added to the scaled logits of these keys; None for none.
+      place: what the part's kernel takes: where queries stand and which of these keys they see.
+    """
+
+    k: jax.Array
+    v: jax.Array
+    bias: Bias | None
+    place: Any
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def attend_parts(kernels: tuple[AttentionKernel, ...], q: jax.Array, parts: tuple[Part, ...]) -> jax.Array:
+    """Attention to the keys of all parts under one softmax: [B, Sq, H, D] in q's dtype.
+
+    Args:
+      kernels: one for each part, whose results are exact. What they give is merged by the log-sum-exp.
+      q: [B, Sq, H, D].
+      parts: no key may be visible to a query in two of them.
+    """
+    return _attend_parts_fwd(kernels, q, parts)[0]
+
+
+def _attend_parts_fwd(kernels, q, parts):
+    results = [kernel.forward(q, *part) for kernel, part in zip(kernels, parts, strict=True)]
+    total = functools.reduce(jnp.logaddexp, [lse for _, lse in results])
+    share = lambda lse: jnp.swapaxes(jnp.exp(lse - total), 1, 2)[..., None]  # noqa: E731
+    out = sum(out * share(lse) for out, lse in results).astype(q.dtype)
+    return out, (q, parts, out, total)
+
+
+def _attend_parts_bwd(kernels, residuals, d_out):
+    q, parts, out, lse = residuals
+    cast = lambda new, old: jax.tree.map(lambda a, b: a.astype(b.dtype), new, old)  # noqa: E731
+    shares, d_parts = [], []
+    for kernel, part in zip(kernels, parts, strict=True):
+        dq, *d_part = kernel.backward(q, *part, out, lse, d_out)
+        shares.append(dq)
+        d_parts.append(Part(*cast(d_part, list(part[:3])), None))
+    return sum(shares).astype(q.dtype), tuple(d_parts)
+
+
+attend_parts.defvjp(_attend_parts_fwd, _attend_parts_bwd)

@@ -132,10 +132,12 @@ class TpuAttention:
         largest = max(maps.forward.entries.size, maps.backward.entries.shape[1])
         if 4 * largest > SMEM:
             batch = 1 if intervals is None else len(intervals.start)
+            several = "fewer rows a device, or accumulate gradients"
+            single = "shorter rows, more devices on the mesh's axis 'sequence', or backend='xla'"
             raise UserError(
                 f"attention: {largest} pairs of blocks ({batch} rows of {self.query_length} queries and "
-                f"{self.key_length} keys on a device) do not fit into the {SMEM // 1024} KiB of scalar memory; "
-                "take fewer rows a device, or accumulate gradients."
+                f"{self.key_length} keys on a device), masked ones included, do not fit into the {SMEM // 1024} KiB of "
+                f"scalar memory; take {several if batch > 1 else single}."
             )
         return maps
 

@@ -111,15 +111,21 @@ def diagonals(bias: Bias, query_length: int, key_length: int, query_offset: jax.
       [num_heads, query_length + key_length - 1] float32.
     """
     relative_position = jnp.arange(query_length + key_length - 1) - (query_length - 1) - query_offset
+    return bias_at(bias, relative_position)
+
+
+def bias_at(bias: Bias, relative_position: jax.Array) -> jax.Array:
+    """Bias of few distances `key position - query position`, int32 [...]: [num_heads, ...] float32."""
     if isinstance(bias, Alibi):
-        return -jax.lax.stop_gradient(bias.slopes)[:, None] * jnp.abs(relative_position).astype(bias.slopes.dtype)
+        slopes = jax.lax.stop_gradient(bias.slopes).reshape(-1, *[1] * relative_position.ndim)
+        return -slopes * jnp.abs(relative_position).astype(slopes.dtype)
     # Looked up, because logarithms on a device need not round as the host's do.
     before, after = saturation(bias)
     buckets = jnp.asarray(_buckets(bias, before, after))[jnp.clip(relative_position, -before, after) + before]
     table = bias.table.astype(accumulator(bias.table.dtype))
     # A product with one-hot rows, not a gather: its gradient is a product too, hence deterministic on every device.
     one_hot = jax.nn.one_hot(buckets, bias.table.shape[0], dtype=table.dtype)
-    return jnp.einsum("jn,nh->hj", one_hot, table, precision=jax.lax.Precision.HIGHEST)
+    return jnp.einsum("...n,nh->h...", one_hot, table, precision=jax.lax.Precision.HIGHEST)
 
 
 def toeplitz(diagonal: jax.Array, rows: int) -> jax.Array:

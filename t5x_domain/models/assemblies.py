@@ -112,6 +112,10 @@ class DecoderOnly(LanguageModel):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
         """Builds the stack of `config.num_decoder_layers` blocks."""
         _require_layers(config, "num_decoder_layers")
+        if (key := config.global_option) is not None:
+            raise UserError(
+                f"ModelConfig.{key} = {getattr(config, key)!r} is for encoders, but DecoderOnly has none; leave it out."
+            )
         super().__init__(config, rngs=rngs)
         self.decoder = Stack(config, config.num_decoder_layers, causal=True, rngs=rngs)
 

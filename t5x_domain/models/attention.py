@@ -4,6 +4,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from t5x_domain.errors import UserError
+from t5x_domain.kernels.attention_kernel import Part
+from t5x_domain.kernels.global_blocks import EveryNth, Transient, block_sums, every_nth, take, transient
 from t5x_domain.kernels.mask import Mask, SegmentIds
 from t5x_domain.kernels.relative_bias import Alibi, Bias, RelativeBias
 from t5x_domain.models.config import LOCAL, ModelConfig
@@ -34,7 +37,7 @@ def plan(
         "relative_bias": RelativeBias(table, not mask.causal, config.relative_bias_max_distance),
         "alibi": Alibi.of(config.num_heads),
     }
-    return attention_plan(
+    found = attention_plan(
         heads(x, config.num_heads),
         heads(x if memory is None else memory, config.kv_heads),
         mask=mask,
@@ -44,6 +47,23 @@ def plan(
         backend=config.attention_backend,
         sequence=config.sequence_attention,
     )
+    return found._replace(side=_side(config, x, mask, segment_ids))
+
+
+def _side(config: ModelConfig, x: jax.Array, mask: Mask, segment_ids: SegmentIds | None) -> EveryNth | Transient | None:
+    """The global tokens of blocks, which only local layers of encoders have."""
+    if config.global_blocks == "none" or mask.window is None or mask.causal:
+        return None
+    size, length = config.global_block_size, x.shape[1]
+    if length < size:
+        raise UserError(
+            f"ModelConfig.global_block_size = {size}, but the encoder's sequences have {length} tokens, not one block; "
+            "take smaller blocks or longer sequences."
+        )
+    ids = jnp.ones(x.shape[:2], jnp.int32) if segment_ids is None else segment_ids.query
+    if config.global_blocks == "transient":
+        return transient(size, ids)
+    return every_nth(size, ids, window=config.local_window, leading=config.global_tokens)
 
 
 class RelativeBiasTable(nnx.Module):
@@ -84,8 +104,11 @@ def shared_bias(config: ModelConfig, *, bidirectional: bool, rngs: nnx.Rngs) -> 
 class Attention(nnx.Module):
     """Multi-head attention with as many key heads as `config.kv_heads`."""
 
-    def __init__(self, config: ModelConfig, *, kind: str, rngs: nnx.Rngs) -> None:
-        """`kind` is "global" or "local": it decides the window and the base of the rotation."""
+    def __init__(self, config: ModelConfig, *, kind: str, transient: bool = False, rngs: nnx.Rngs) -> None:
+        """`kind` is "global" or "local": it decides the window and the base of the rotation.
+
+        With `transient` there are also tokens for blocks, which have a norm of their own.
+        """
         dim, heads, kv_heads = config.embed_dim, config.num_heads * config.head_dim, config.kv_heads * config.head_dim
         # Without 1/sqrt(head_dim) at run time, the query kernel starts smaller by that factor (T5).
         query_std = dim**-0.5 * (config.head_dim**-0.5 if config.attention_scale == "none" else 1.0)
@@ -96,6 +119,7 @@ class Attention(nnx.Module):
         self.out = Linear(heads, dim, axes=("heads", "embed"), **sizes)
         self.query_norm = Norm(config, config.head_dim, "rmsnorm") if config.qk_norm else None
         self.key_norm = Norm(config, config.head_dim, "rmsnorm") if config.qk_norm else None
+        self.global_norm = Norm(config) if transient else None
         self.config, self.local = config, kind == LOCAL
 
     def __call__(
@@ -106,6 +130,7 @@ class Attention(nnx.Module):
         memory: jax.Array | None = None,
         positions: jax.Array | None = None,
         relative_bias: Bias | None = None,
+        global_relative_bias: Bias | None = None,
     ) -> jax.Array:
         """Attends from x to itself, or to `memory` (cross-attention, which knows no positions).
 
@@ -115,6 +140,7 @@ class Attention(nnx.Module):
           memory: [B, S, embed_dim], an encoder's output.
           positions: [B, T] int32 for the rotation.
           relative_bias: T5's bias or ALiBi's.
+          global_relative_bias: T5's bias to the transient tokens of blocks, by distance in blocks.
 
         Returns:
           [B, T, embed_dim].
@@ -124,18 +150,26 @@ class Attention(nnx.Module):
             rotation = jnp.arange(x.shape[1])[None] if positions is None else positions
         q = self.queries(x, rotation)
         k, v = self.keys_values(x if memory is None else memory, rotation)
+        blocks = plan.side
         out = attention(
             q,
             k,
             v,
             plan,
             relative_bias=relative_bias,
+            side=self._transient(x, blocks, rotation, global_relative_bias) if isinstance(blocks, Transient) else None,
             scale=self.scale,
             softcap=self.config.attention_softcap,
             backend=self.config.attention_backend,
             sequence=self.config.sequence_attention,
         )
         return self.output(out)
+
+    def _transient(self, x: jax.Array, blocks: Transient, positions: jax.Array, bias: Bias | None) -> Part:
+        """Keys and values of the blocks' tokens, each rotated to the position of its block's n-th token."""
+        sums = self.global_norm(block_sums(x, self.config.global_block_size, blocks))
+        keys = self.keys_values(sums, take(jnp.broadcast_to(positions, x.shape[:2]), blocks.index))
+        return Part(*keys, bias, blocks.place)
 
     @property
     def scale(self) -> float:

@@ -45,6 +45,13 @@ class ModelConfig:
         when the depth is no multiple of the pattern follow its beginning.
       decoder_layer_pattern: of decoders, where it differs: a long encoder's windows are seldom wanted in a decoder.
       local_window: a local layer's query sees keys at most this many positions away.
+      global_tokens: the first tokens of each example, so many, that see all and are seen by all in the local layers of
+        encoders (Beltagy et al. 2020, "Longformer"). Decoders have none, whatever this and the next two say.
+      global_blocks: what else is seen from everywhere in the local layers of encoders, by each `global_block_size`
+        tokens of an example: "every", the last of them, which also sees everything; "transient", a token that is
+        their normed sum (Guo et al. 2022, "LongT5"), with a relative bias of its own by distance in blocks, or rotated
+        to the position of the last of them; "none". Tokens left over belong to the last block.
+      global_block_size: tokens of such a block.
       attention_scale: "none" as T5, whose initialiser makes up for it, or "head_dim" for 1/sqrt(head_dim).
       qk_norm: RMSNorm of queries and keys, per head (Dehghani et al. 2023).
       attention_softcap, final_logit_softcap: soft caps of Gemma 2; None for none.
@@ -92,6 +99,9 @@ class ModelConfig:
     layer_pattern: Sequence[str] = (GLOBAL,)
     decoder_layer_pattern: Sequence[str] | None = None
     local_window: int = 128
+    global_tokens: int = 0
+    global_blocks: Literal["none", "every", "transient"] = "none"
+    global_block_size: int = 16
     attention_scale: Literal["none", "head_dim"] = "none"
     qk_norm: bool = False
     attention_softcap: float | None = None
@@ -117,6 +127,7 @@ class ModelConfig:
             "norm": ("rmsnorm", "layernorm"),
             "norm_placement": ("pre", "pre_post"),
             "position": ("relative_bias", "rope", "alibi", "none"),
+            "global_blocks": ("none", "every", "transient"),
             "attention_scale": ("none", "head_dim"),
             "remat": ("none", "minimal", "full"),
             "rtd_embedding_sharing": ("none", "tied", "gdes"),
@@ -146,6 +157,30 @@ class ModelConfig:
             raise UserError(f"ModelConfig.head_dim = {self.head_dim} must be even for position = 'rope'.")
         if not 0 <= self.dropout_rate < 1:
             raise UserError(f"ModelConfig.dropout_rate = {self.dropout_rate} must be in [0, 1).")
+        self._check_global_tokens()
+
+    def _check_global_tokens(self) -> None:
+        if (key := self.global_option) is not None and LOCAL not in self.layer_pattern:
+            raise UserError(
+                f"ModelConfig.{key} = {getattr(self, key)!r} is for local layers, but layer_pattern = "
+                f"{tuple(self.layer_pattern)} has none; add 'local' to it."
+            )
+        if self.global_blocks != "none" and self.sequence_attention == "ring":
+            raise UserError(
+                f"ModelConfig.global_blocks = {self.global_blocks!r} does not go with sequence_attention = 'ring'; "
+                "take 'gather'."
+            )
+        if self.global_blocks == "transient" and self.position == "alibi":
+            raise UserError(
+                "ModelConfig.global_blocks = 'transient' does not go with position = 'alibi', which knows no distance "
+                "to a block; take 'every', or another position."
+            )
+
+    @property
+    def global_option(self) -> str | None:
+        """The first key that asks for global tokens in local layers, if there is one."""
+        asked = {"global_tokens": self.global_tokens > 0, "global_blocks": self.global_blocks != "none"}
+        return next((key for key, value in asked.items() if value), None)
 
     @property
     def kv_heads(self) -> int:
@@ -164,7 +199,7 @@ class ModelConfig:
 def _require_number(field: dataclasses.Field, value: Any) -> None:
     """Raises UserError if the field is for numbers (or yes and no) and `value` is none of its kind."""
     kinds = get_args(field.type) or (field.type,)
-    least = 0 if field.name in ("num_encoder_layers", "num_decoder_layers") else 1
+    least = 0 if field.name in ("num_encoder_layers", "num_decoder_layers", "global_tokens") else 1
     if value is None and type(None) in kinds:
         return
     if int in kinds:

@@ -9,7 +9,7 @@ from flax import nnx
 
 from t5x_domain.kernels.mask import Mask, SegmentIds
 from t5x_domain.models.attention import Attention, RelativeBiasTable, plan, shared_bias
-from t5x_domain.models.config import ModelConfig
+from t5x_domain.models.config import LOCAL, ModelConfig
 from t5x_domain.models.layers import Mlp, Norm, dropout
 from t5x_domain.parallel.attention import Plan
 from t5x_domain.parallel.sharding import constrain
@@ -48,7 +48,11 @@ class Block(nnx.Module):
         """`kind` is "global" or "local"."""
         own_bias = config.position == "relative_bias" and config.relative_bias_per_layer
         self.relative_bias = RelativeBiasTable(config, bidirectional=not causal, rngs=rngs) if own_bias else None
-        self.self_attention = SubLayer(config, Attention(config, kind=kind, rngs=rngs))
+        transient = config.global_blocks == "transient" and kind == LOCAL and not causal
+        self.global_relative_bias = (
+            RelativeBiasTable(config, bidirectional=True, rngs=rngs) if own_bias and transient else None
+        )
+        self.self_attention = SubLayer(config, Attention(config, kind=kind, transient=transient, rngs=rngs))
         self.cross_attention = (
             SubLayer(config, Attention(config, kind="global", rngs=rngs)) if cross_attention else None
         )
@@ -60,9 +64,10 @@ class Block(nnx.Module):
     ) -> jax.Array:
         """[B, T, embed_dim] -> the same; `shared` and `cross` are what self- and cross-attention are called with."""
         rngs = (None,) * 4 if rng is None else jax.random.split(rng, 4)
-        bias = shared["relative_bias"] if self.relative_bias is None else self.relative_bias()
+        own = {"relative_bias": self.relative_bias, "global_relative_bias": self.global_relative_bias}
+        biases = {name: shared[name] if table is None else table() for name, table in own.items()}
         plan, positions = shared["plans"][self.kind], shared["positions"]
-        x = self.self_attention(x, rngs[0], plan=plan, positions=positions, relative_bias=bias)
+        x = self.self_attention(x, rngs[0], plan=plan, positions=positions, **biases)
         if self.cross_attention is not None:
             x = self.cross_attention(x, rngs[1], **cross)
         return self.mlp(x, rngs[2], rng=rngs[3])
@@ -109,6 +114,8 @@ class Stack(nnx.Module):
         if not config.scan_layers:
             kinds, repeats, rest = kinds * repeats + kinds[:rest], 0, num_layers
         self.relative_bias = shared_bias(config, bidirectional=not causal, rngs=rngs)
+        transient = config.global_blocks == "transient" and not causal
+        self.global_relative_bias = shared_bias(config, bidirectional=True, rngs=rngs) if transient else None
         self.layers = _stacked(lambda rngs: Pattern(config, kinds, scanned=True, rngs=rngs, **options), repeats, rngs)
         self.rest = Pattern(config, kinds[:rest], scanned=False, rngs=rngs, **options) if rest else None
         self.norm = Norm(config)
@@ -119,7 +126,7 @@ class Stack(nnx.Module):
         ids = None if segment_ids is None else SegmentIds(segment_ids, segment_ids)
 
         def plan_of(kind: str) -> Plan:
-            mask = Mask(causal=self.causal, window=self.config.window(kind))
+            mask = Mask(self.causal, self.config.window(kind), 0 if self.causal else self.config.global_tokens)
             return plan(self.config, x, mask=mask, segment_ids=ids, prefix=prefix)
 
         return {kind: plan_of(kind) for kind in sorted(set(self.config.pattern(causal=self.causal)))}
@@ -153,6 +160,7 @@ class Stack(nnx.Module):
             "plans": self.plans(x, segment_ids, prefix),
             "positions": positions,
             "relative_bias": None if self.relative_bias is None else self.relative_bias(),
+            "global_relative_bias": None if self.global_relative_bias is None else self.global_relative_bias(),
         }
         cross = None
         if memory is not None:

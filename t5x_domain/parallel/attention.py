@@ -5,25 +5,24 @@ every device at once. "ring" (Liu et al. 2023, "Ring Attention", section 3) send
 holds more than two parts, and what the parts give is merged by their log-sum-exp.
 """
 
-import dataclasses
 import functools
 import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from t5x_domain.kernels import decode
 from t5x_domain.kernels.attention import Backend, check_shapes, kernel_for, visible_keys
-from t5x_domain.kernels.attention_kernel import EMPTY, AttentionKernel, Place, attend
+from t5x_domain.kernels.attention_kernel import EMPTY, AttentionKernel, Part, Place, attend, attend_parts
+from t5x_domain.kernels.global_blocks import EveryNth, Transient, put, take
 from t5x_domain.kernels.mask import KeyIntervals, Mask, SegmentIds
 from t5x_domain.kernels.precision import accumulator
 from t5x_domain.kernels.relative_bias import Bias
+from t5x_domain.kernels.side_attention import SideAttention, SidePlace
+from t5x_domain.parallel.layout import SEQUENCE, Layout, sharded
 from t5x_domain.parallel.sharding import current_mesh, spec
-
-SEQUENCE = "sequence"  # the axis of the mesh
-_ALIGNMENT = 128  # positions; parts of other lengths would not meet the TPU's registers
 
 
 class Plan(NamedTuple):
@@ -32,10 +31,12 @@ class Plan(NamedTuple):
     Attributes:
       intervals: keys that each query sees, [B or 1, Sq]; None if each sees all.
       maps: of the kernel, for every device: leaves [rows of devices, parts of the queries, parts of the keys, ...].
+      side: global tokens beside a window; None for none.
     """
 
     intervals: KeyIntervals | None
     maps: Any
+    side: EveryNth | Transient | None = None
 
 
 def attention_plan(
@@ -59,7 +60,7 @@ def attention_plan(
       sequence: likewise.
     """
     intervals = visible_keys(mask, q, k, segment_ids=segment_ids, prefix=prefix)
-    layout = _Layout.of(q, k, backend, sequence)
+    layout = Layout.of(q, k, backend, sequence)
 
     def find(intervals: KeyIntervals | None) -> Any:
         kernel = kernel_for(backend, layout.kernel_queries, layout.kernel_keys, relative_bias)
@@ -69,7 +70,7 @@ def attention_plan(
 
     if layout.mesh is None:
         return Plan(intervals, find(intervals))
-    return Plan(intervals, _sharded(layout.mesh, find, (layout.by_row(intervals),), layout.found(intervals))(intervals))
+    return Plan(intervals, sharded(layout.mesh, find, (layout.by_row(intervals),), layout.found(intervals))(intervals))
 
 
 def attention(
@@ -79,6 +80,7 @@ def attention(
     plan: Plan,
     *,
     relative_bias: Bias | None = None,
+    side: Part | None = None,
     scale: float = 1.0,
     softcap: float | None = None,
     backend: Backend = "auto",
@@ -91,41 +93,94 @@ def attention(
 
     Args:
       plan: of `attention_plan` for these shapes, this backend and this `sequence`.
+      side: with `Transient` blocks in the plan, their keys and values; not in a ring.
       backend: see `kernels.attention.backend_for`.
       sequence: how keys on other devices are reached: "gather" or "ring".
 
     Raises:
-      ValueError: shapes or dtypes do not fit together, or the plan is for other queries.
+      ValueError: shapes or dtypes do not fit together, or the plan is for other queries or blocks.
       UserError: the backend cannot do what is asked for.
     """
     check_shapes(q, k, v, relative_bias)
     rows = q.shape[:2] if plan.intervals is None else plan.intervals.start.shape
     if rows[0] not in (1, q.shape[0]) or rows[1] != q.shape[1]:
         raise ValueError(f"attention: a plan for rows {rows} is not for queries {q.shape}")
-    layout = _Layout.of(q, k, backend, sequence)
-    if k.shape[2] % layout.num_head_parts:
-        # Fewer key heads than devices: some devices hold the same.
-        copies = math.lcm(k.shape[2], layout.num_head_parts) // k.shape[2]
-        k, v = (jnp.repeat(a, copies, axis=2) for a in (k, v))
+    if isinstance(plan.side, Transient) != (side is not None):
+        raise ValueError("attention: a plan with Transient blocks, and no other, needs their keys and values")
+    logits = {"scale": scale, "softcap": softcap}
+    how = {**logits, "backend": backend, "sequence": sequence}
+    if not isinstance(plan.side, EveryNth):
+        return _over_mesh(q, k, v, plan, relative_bias, side, **how)
+    index, place, own = plan.side
+    side = Part(take(k, index), take(v, index), relative_bias, place)
+    out = _over_mesh(q, k, v, plan, relative_bias, side, **how)
+    # What the global tokens' own queries see in their window is computed for nothing: they are few.
+    return put(out, index, _side_attention(take(q, index), Part(k, v, relative_bias, own), **logits))
 
-    def compute(q, k, v, bias, plan):
-        options = {"scale": scale, "softcap": softcap, "exact": layout.ring > 1}
-        kernel = kernel_for(backend, layout.kernel_queries, layout.kernel_keys, bias, **options)
+
+def _over_mesh(q, k, v, plan, relative_bias, side, *, scale, softcap, backend, sequence):
+    """Attention to the keys of the plan's intervals and those at the side."""
+    if side is not None:
+        check_shapes(q, side.k, side.v, side.bias)
+        if sequence == "ring":
+            raise ValueError("attention: global tokens of blocks are for sequence='gather', not 'ring'")
+    layout = Layout.of(q, k, backend, sequence)
+    k, v = _for_all_heads(layout, k, v)
+    side = None if side is None else Part(*_for_all_heads(layout, *side[:2]), *side[2:])
+
+    def compute(q, k, v, bias, plan, side):
+        options = {"scale": scale, "softcap": softcap}
+        exact = layout.ring > 1 or side is not None
+        kernel = kernel_for(backend, layout.kernel_queries, layout.kernel_keys, bias, **options, exact=exact)
         maps = jax.tree.map(lambda a: a[0, 0], plan.maps)
         if layout.ring > 1:
             return _ring(kernel, layout, q, k, v, bias, plan.intervals, maps).astype(q.dtype)
         if layout.key is not None:
             k, v = (jax.lax.all_gather(a, SEQUENCE, axis=1, tiled=True) for a in (k, v))
         intervals, shift = layout.part(plan.intervals, 0)
-        return attend(kernel, q, k, v, bias, Place(intervals, jax.tree.map(lambda a: a[0], maps), shift))
+        place = Place(intervals, jax.tree.map(lambda a: a[0], maps), shift)
+        if side is None:
+            return attend(kernel, q, k, v, bias, place)
+        return attend_parts((kernel, SideAttention(**options)), q, (Part(k, v, bias, place), side))
 
+    arrays = q, k, v, relative_bias, plan._replace(side=None), side
     if layout.mesh is None:
-        return compute(q, k, v, relative_bias, plan)
+        return compute(*arrays)
     queries = PartitionSpec(layout.batch, layout.query, layout.heads, None)
     keys = PartitionSpec(layout.batch, layout.key, layout.heads, None)
-    bias = jax.tree.map(lambda a: PartitionSpec(*[None] * (a.ndim - 1), layout.heads), relative_bias)
     plans = Plan(layout.by_row(plan.intervals), jax.tree.map(lambda _: layout.found(plan.intervals), plan.maps))
-    return _sharded(layout.mesh, compute, (queries, keys, keys, bias, plans), queries)(q, k, v, relative_bias, plan)
+    in_specs = queries, keys, keys, _bias_specs(layout, relative_bias), plans, _side_specs(layout, side)
+    return sharded(layout.mesh, compute, in_specs, queries)(*arrays)
+
+
+def _side_attention(q: jax.Array, side: Part, *, scale: float, softcap: float | None) -> jax.Array:
+    """Attention to keys that every device holds all of, and no others."""
+    layout = Layout.of(q, side.k, "xla", "gather")
+    side = Part(*_for_all_heads(layout, *side[:2]), *side[2:])
+    compute = lambda q, side: attend_parts((SideAttention(scale, softcap),), q, (side,))  # noqa: E731
+    if layout.mesh is None:
+        return compute(q, side)
+    queries = PartitionSpec(layout.batch, layout.query, layout.heads, None)
+    return sharded(layout.mesh, compute, (queries, _side_specs(layout, side)), queries)(q, side)
+
+
+def _for_all_heads(layout: Layout, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Keys and values with heads enough for the devices that share them: where they are fewer, some hold the same."""
+    heads = k.shape[2]
+    copies = math.lcm(heads, layout.num_head_parts) // heads
+    return (k, v) if copies == 1 else tuple(jnp.repeat(a, copies, axis=2) for a in (k, v))
+
+
+def _bias_specs(layout: Layout, bias: Bias | None) -> Any:
+    return jax.tree.map(lambda a: PartitionSpec(*[None] * (a.ndim - 1), layout.heads), bias)
+
+
+def _side_specs(layout: Layout, side: Part | None) -> Part | None:
+    if side is None:
+        return None
+    keys = PartitionSpec(layout.batch, None, layout.heads, None)
+    query, key = PartitionSpec(layout.batch, layout.query), PartitionSpec(layout.batch, None)
+    return Part(keys, keys, _bias_specs(layout, side.bias), SidePlace(query, query, key, key, PartitionSpec()))
 
 
 def decode_attention(
@@ -153,80 +208,11 @@ def decode_attention(
     batch, heads = spec(mesh, past.keys.shape[:2], ("batch", "kv_heads"))
     queries, cache, row = PartitionSpec(batch, None, heads), PartitionSpec(batch, heads), PartitionSpec(batch)
     in_specs = queries, cache, cache, row, row if stop.ndim else PartitionSpec(), PartitionSpec(heads)
-    return _sharded(mesh, compute, in_specs, queries)(*arrays)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Layout:
-    """Where the parts of a call lie: axes of the mesh, None for what is whole on every device.
-
-    Attributes:
-      mesh: None outside `use_mesh`.
-      batch: of the rows.
-      heads: of query heads, and of key heads too.
-      query: of the queries' positions.
-      key: of the keys' positions.
-      ring: parts of the keys that a device sees one after the other.
-      kernel_queries: like the queries, but as long as those that the kernel sees.
-      kernel_keys: like the keys, likewise.
-    """
-
-    mesh: Mesh | None
-    batch: Any
-    heads: str | None
-    query: str | None
-    key: str | None
-    ring: int
-    kernel_queries: jax.ShapeDtypeStruct
-    kernel_keys: jax.ShapeDtypeStruct
-
-    @classmethod
-    def of(cls, q: Any, k: Any, backend: Backend, sequence: str) -> "_Layout":
-        mesh = current_mesh()
-        whole = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (q, k)]
-        if mesh is None:
-            return cls(None, None, None, None, None, 1, *whole)
-        batch, query, heads, _ = spec(mesh, q.shape, ("batch", "length", "heads", None))
-        parts = mesh.shape[SEQUENCE]
-        on_tpu = backend.startswith("tpu") or (backend == "auto" and mesh.devices.flat[0].platform == "tpu")
-        unit = parts * (_ALIGNMENT if on_tpu else 1)
-        query = query if q.shape[1] % unit == 0 else None
-        key = query if k.shape[1] % unit == 0 else None
-        ring = parts if sequence == "ring" and key is not None else 1
-        part = lambda a, n: jax.ShapeDtypeStruct((a.shape[0], a.shape[1] // n, *a.shape[2:]), a.dtype)  # noqa: E731
-        return cls(mesh, batch, heads, query, key, ring, part(q, parts if query else 1), part(k, ring))
-
-    @property
-    def num_head_parts(self) -> int:
-        return 1 if self.heads is None else self.mesh.shape[self.heads]
-
-    def part(self, intervals: KeyIntervals | None, step: jax.Array | int) -> tuple[KeyIntervals | None, jax.Array]:
-        """On a device, in a step of the ring: the queries' intervals among the keys at hand, and `Place.shift`."""
-        here = 0 if self.query is None else jax.lax.axis_index(SEQUENCE)
-        first_key, num_keys = jnp.int32(0), self.kernel_keys.shape[1]
-        if self.ring > 1:
-            first_key = (here + step) % self.ring * num_keys
-            intervals = jax.tree.map(lambda a: jnp.clip(a - first_key, 0, num_keys), intervals)
-        return intervals, first_key - here * self.kernel_queries.shape[1]
-
-    def by_row(self, intervals: KeyIntervals | None) -> Any:
-        """Where intervals lie."""
-        return jax.tree.map(lambda a: PartitionSpec(None if len(a) == 1 else self.batch, self.query), intervals)
-
-    def found(self, intervals: KeyIntervals | None) -> PartitionSpec:
-        """Where the maps lie that are made of them."""
-        same = intervals is None or len(intervals.start) == 1
-        return PartitionSpec(None if same else self.batch, self.query)
-
-
-def _sharded(mesh: Mesh, function: Any, in_specs: Any, out_specs: Any) -> Any:
-    """The function of one device's parts, over all."""
-    # Replication is by construction; the check knows no Pallas kernels.
-    return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    return sharded(mesh, compute, in_specs, queries)(*arrays)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _ring(kernel: AttentionKernel, layout: _Layout, q, k, v, bias, intervals, maps):
+def _ring(kernel: AttentionKernel, layout: Layout, q, k, v, bias, intervals, maps):
     """Attention of a device's queries to all keys of the ring; `maps` has a leading axis of steps."""
     return _ring_fwd(kernel, layout, q, k, v, bias, intervals, maps)[0]
 

@@ -58,6 +58,12 @@ def test_layers_decay_from_the_top_of_each_stack(scan):
     assert (flat["encoder/relative_bias/table"], flat["decoder/relative_bias/table"]) == (0.25, 0.5)
 
 
+def test_the_bias_to_blocks_belongs_to_the_lowest_layer_too():
+    config = dataclasses.replace(SHAPE, global_blocks="transient")
+    flat = named(multipliers(blueprint(model=EncoderDecoder, config=config), layer_decay=0.5))
+    assert flat["encoder/global_relative_bias/table"] == flat["encoder/relative_bias/table"] == 0.25
+
+
 @pytest.mark.parametrize("scan", [True, False])
 def test_the_lowest_layers_are_frozen_with_the_embedding(scan):
     tree = multipliers(plan(scan), freeze_layers=1)

@@ -156,6 +156,8 @@ def configs_that_differ():
         "attention_scale": "head_dim",
         "layer_pattern": ("local", "local", "global"),
         "decoder_layer_pattern": ("local", "global"),
+        "global_tokens": 2,
+        "global_blocks": "transient",
         "attention_softcap": 50.0,
         "final_logit_softcap": 30.0,
         "dtype": "bfloat16",
@@ -172,7 +174,8 @@ def configs_that_differ():
             other[field.name] = type(value)(other[field.name])
     other["num_heads"] = 4
     assert all(getattr(CONFIG, key) != value for key, value in other.items())
-    return [CONFIG, *(dataclasses.replace(CONFIG, **{key: value}) for key, value in other.items())]
+    local = {"global_tokens": {"layer_pattern": ("local",)}, "global_blocks": {"layer_pattern": ("local",)}}  # needed
+    return [CONFIG, *(dataclasses.replace(CONFIG, **{k: value}, **local.get(k, {})) for k, value in other.items())]
 
 
 def test_model_gin_and_model_json_say_every_setting(tmp_path):

@@ -79,6 +79,18 @@ def t5_encoder(rng: np.random.Generator) -> tuple[hf.PreTrainedModel, dict]:
     return model, one_stack(model, rng, "last_hidden_state")
 
 
+def longt5(rng: np.random.Generator) -> tuple[hf.PreTrainedModel, dict]:
+    """Windows, and a token for each block: rows with and without left-over tokens, and one shorter than a block."""
+    config = hf.LongT5Config(
+        vocab_size=24, d_model=8, d_kv=4, d_ff=8, num_heads=4, num_layers=2, feed_forward_proj="gated-gelu",
+        encoder_attention_type="transient-global", local_radius=5, global_block_size=4,
+        relative_attention_num_buckets=8, relative_attention_max_distance=12,
+    )  # fmt: skip
+    model = hf.LongT5EncoderModel(config)
+    randomise(model, rng)
+    return model, one_stack(model, rng, "last_hidden_state", padded(rng, 34, (34, 28, 3), config.vocab_size))
+
+
 def llama(rng: np.random.Generator) -> tuple[hf.PreTrainedModel, dict]:
     """Grouped-query attention, rotary positions, SwiGLU."""
     config = hf.LlamaConfig(
@@ -146,10 +158,13 @@ def randomise(model: hf.PreTrainedModel, rng: np.random.Generator) -> None:
     model.eval()
 
 
-def padded(rng: np.random.Generator, length: int) -> dict[str, np.ndarray]:
-    """Two rows of ids, the second shorter."""
-    ids = rng.integers(3, VOCAB_SIZE, (2, length))
-    mask = np.arange(length) < np.array([[length], [length - 6]])
+def padded(
+    rng: np.random.Generator, length: int, tokens: tuple[int, ...] | None = None, vocab_size: int = VOCAB_SIZE
+) -> dict[str, np.ndarray]:
+    """Rows of so many ids each, by default two, the second shorter, and padding."""
+    tokens = tokens or (length, length - 6)
+    ids = rng.integers(3, vocab_size, (len(tokens), length))
+    mask = np.arange(length) < np.array(tokens)[:, None]
     return {"ids": np.where(mask, ids, 0).astype(np.int32), "mask": mask.astype(np.int32)}
 
 
@@ -165,9 +180,11 @@ def encoder_decoder(model: hf.PreTrainedModel, rng: np.random.Generator) -> dict
     return {**tensors, "expected": expected.numpy()}
 
 
-def one_stack(model: hf.PreTrainedModel, rng: np.random.Generator, output: str) -> dict[str, np.ndarray]:
+def one_stack(
+    model: hf.PreTrainedModel, rng: np.random.Generator, output: str, inputs: dict[str, np.ndarray] | None = None
+) -> dict[str, np.ndarray]:
     """Runs a decoder or an encoder."""
-    inputs = padded(rng, INPUT_LENGTH)
+    inputs = inputs or padded(rng, INPUT_LENGTH)
     tensors = {"input_ids": inputs["ids"], "attention_mask": inputs["mask"]}
     with torch.no_grad():
         expected = model(**{key: torch.tensor(value, dtype=torch.long) for key, value in tensors.items()})[output]
@@ -187,6 +204,7 @@ MODELS = {
     "modernbert": modernbert,
     "mt5": mt5,
     "ul2": ul2,
+    "longt5": longt5,
 }
 
 

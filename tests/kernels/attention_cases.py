@@ -60,6 +60,11 @@ class Case:
         place = np.array([[(row[:i] == row[i]).sum() for i in range(length)] for row in ids])
         return np.expand_dims(place < self.mask.global_tokens, axis)
 
+    def buckets(self) -> np.ndarray:
+        """[Sq, Sk], or [B, Sq, Sk], rows of the table."""
+        distance = np.arange(self.k.shape[1])[None] - np.arange(self.q.shape[1])[:, None]
+        return relative_position_bucket(distance, bidirectional=self.bidirectional, num_buckets=8, max_distance=20)
+
     def reference(self, dtype: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """Output and gradients, each with a bound of what rounding may change.
 
@@ -73,14 +78,9 @@ class Case:
         queries, keys, dim = self.q.shape[1], k.shape[1], k.shape[3]
         product = lambda spec, a, b: (np.einsum(spec, a, b), np.einsum(spec, abs(a), abs(b)))  # noqa: E731
         raw, raw_size = (self.scale * a for a in product("bihd,bjhd->bhij", self.q, k))
-        bucket = relative_position_bucket(
-            np.arange(keys)[None] - np.arange(queries)[:, None],
-            bidirectional=self.bidirectional,
-            num_buckets=8,
-            max_distance=20,
-        )
+        bucket = self.buckets()
         if self.table is not None:
-            bias = self.table[bucket].transpose(2, 0, 1)
+            bias = np.moveaxis(self.table[bucket], -1, -3)
             raw, raw_size = raw + bias, raw_size + abs(bias)
         if self.alibi:
             slopes = np.asarray(Alibi.of(self.q.shape[2]).slopes, np.float64)[:, None, None]
@@ -117,8 +117,9 @@ class Case:
         dv, dv_error = np.einsum("bhij,bihd->bjhd", p, self.d_out), error("bhij,bihd->bjhd", epsilon * p, self.d_out)
         dq, dq_error = np.einsum("bhij,bjhd->bihd", ds, k), error("bhij,bjhd->bihd", ds_error, k)
         dk, dk_error = np.einsum("bhij,bihd->bjhd", ds, self.q), error("bhij,bihd->bjhd", ds_error, self.q)
-        one_hot = np.eye(8)[bucket]
-        d_table, d_table_error = (np.einsum("ijn,bhij->nh", one_hot, a) for a in (ds, ds_error))
+        num_buckets = bucket.max() + 1 if self.table is None else len(self.table)
+        one_hot = np.broadcast_to(np.eye(num_buckets)[bucket], (*ds.shape[:1], *ds.shape[2:], num_buckets))
+        d_table, d_table_error = (np.einsum("bijn,bhij->nh", one_hot, a) for a in (ds, ds_error))
         grouped = lambda a: a.reshape(*a.shape[:2], -1, groups, dim).sum(3)  # noqa: E731
         scaled = self.scale
         return {

@@ -13,7 +13,7 @@ from jaxpr_shapes import intermediate_shapes
 
 from t5x_domain.errors import UserError
 from t5x_domain.kernels.attention_tpu import TpuAttention
-from t5x_domain.kernels.mask import BIDIRECTIONAL, CAUSAL, Mask
+from t5x_domain.kernels.mask import BIDIRECTIONAL, CAUSAL, KeyIntervals, Mask
 from t5x_domain.kernels.relative_bias import RelativeBias
 from t5x_domain.kernels.tpu.blocks import Blocks, Chip, chip
 
@@ -174,6 +174,23 @@ def test_a_bias_too_wide_for_the_chip_is_refused():
     bias = RelativeBias(jnp.zeros((64, 2)), True, 65536)
     with pytest.raises(UserError, match="relative_bias_max_distance"):
         TpuAttention.of(512, 512, 64, bias, target=chip("TPU v4"))
+
+
+@pytest.mark.parametrize("window", [1, 7, 100, 129, 511])
+def test_windows_that_are_no_part_of_a_block(window):
+    """Blocks of 128 by 256; the window of 511 has blocks between its borders, that of 1 none that it fills."""
+    case = make(np.random.default_rng(window), 1, 600, 600, 1, 1, mask=Mask(window=(window, window)))
+    check(case, attend=attend())
+
+
+@pytest.mark.parametrize("rows, mend", [(1, "axis 'sequence', or backend='xla'"), (130, "fewer rows a device")])
+def test_windows_over_too_many_blocks_are_refused(rows, mend):
+    """A window hides most pairs, but the map has room for all: 782 * 391 or 130 * 64 * 32 of 512 by 1024."""
+    length = 400_000 if rows == 1 else 32_768
+    intervals = KeyIntervals(*[jax.ShapeDtypeStruct((rows, length), jnp.int32)] * 2)
+    kernel = TpuAttention.of(length, length, 64, None, target=chip("TPU v4"))
+    with pytest.raises(UserError, match=f"masked ones included, do not fit into .* scalar memory; take .*{mend}"):
+        jax.eval_shape(kernel.maps, intervals, jnp.int32(0))
 
 
 def test_no_array_of_queries_times_keys():

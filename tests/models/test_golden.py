@@ -47,6 +47,25 @@ MODELS = {
     "mt5": ("t5", EncoderDecoder, SHALLOW_T5),
     "ul2": ("t5", EncoderDecoder, {**SHALLOW_T5, "mlp_activations": ("silu", "linear")}),
     "t5_encoder": ("t5", EncoderOnly, {**T5, "tie_embeddings": True}),
+    "longt5": (
+        "longt5",
+        EncoderOnly,
+        {
+            **SHAPE,
+            "vocab_size": 24,
+            "embed_dim": 8,
+            "mlp_dim": 8,
+            "head_dim": 4,
+            "num_encoder_layers": 2,
+            "relative_bias_buckets": 8,
+            "relative_bias_max_distance": 12,
+            "tie_embeddings": True,
+            "layer_pattern": ("local",),
+            "local_window": 5,
+            "global_blocks": "transient",
+            "global_block_size": 4,
+        },
+    ),
     "llama": (
         "llama",
         DecoderOnly,
@@ -117,9 +136,20 @@ MODERNBERT_NAMES = {
     f"encoder/{{i}}/self_attention/inner/{name}/kernel": f"layers.{{i}}.attn.Wqkv.weight[{part}/3]"
     for part, name in enumerate(("query", "key", "value"))
 }
+LONGT5_NAMES = {
+    ours: theirs.replace(".SelfAttention.", ".TransientGlobalSelfAttention.") for ours, theirs in GATED_T5.items()
+} | {
+    "encoder/{i}/self_attention/inner/global_norm/scale": (
+        "encoder.block.{i}.layer.0.TransientGlobalSelfAttention.global_input_layer_norm.weight"
+    ),
+    "encoder/global_relative_bias/table": (
+        "encoder.block.0.layer.0.TransientGlobalSelfAttention.global_relative_attention_bias.weight"
+    ),
+}
 NAMES = {
     "t5": GATED_T5,
     "t5_ungated": PLAIN_T5,
+    "longt5": LONGT5_NAMES,
     "llama": LLAMA,
     "gemma": GEMMA_NAMES,
     "modernbert": MODERNBERT_NAMES,
