@@ -69,7 +69,7 @@ def fill_spans(
       UserError: the model cannot write, `max_targets` leaves no room for an example's true targets, or the metadata
         do not suit the component.
     """
-    if model_of.model_class not in (EncoderDecoder, DecoderOnly):
+    if not issubclass(model_of.model_class, (EncoderDecoder, DecoderOnly)):
         raise UserError(f"{model_of.model_class.__name__} has no decoder to fill blanks with; use EncoderDecoder.")
     longest = max((len(example["targets"]) for example in examples), default=0)
     if longest > max_targets:
