@@ -16,11 +16,11 @@ from t5x_domain.files import write_atomically
 from t5x_domain.training.metrics import read_json_lines
 
 MEANING = {
-    PERPLEXITY: "Perplexity is the exponential of the mean loss of a target token; bits per byte divide that loss by the "
-    "corpus’s UTF-8 bytes per token, so that vocabularies can be compared; accuracy is the share of targets to which the "
-    "model gave the largest probability.",
-    BINARY: "Binary cross-entropy is the mean loss, in nats, of telling replaced tokens from original ones; accuracy is "
-    "the share of tokens that were told rightly.",
+    PERPLEXITY: "Perplexity is the exponential of the mean loss of a target token; bits per byte divide that loss by "
+    "the corpus’s UTF-8 bytes per token, so that vocabularies can be compared; accuracy is the share of targets to "
+    "which the model gave the largest probability.",
+    BINARY: "Binary cross-entropy is the mean loss, in nats, of telling replaced tokens from original ones; accuracy "
+    "is the share of tokens that were told rightly.",
 }
 # Middle tones, which stand out from white and from black paper alike.
 PALETTE = ("#3b82c4", "#d9762b", "#2a9d78", "#a86bc4", "#c9485b", "#a08a1f", "#2f9fb3", "#8a6f5c")

@@ -36,8 +36,8 @@ def denoising_with_detection_loss(
 ) -> tuple[jax.Array, dict[str, Any]]:
     """`language_model_loss` + `weight` * (masked language modelling of the generator + `detection_weight` * detection).
 
-    The first is the mean over targets, and a `weight` of 0 leaves it and its gradient to the bit. For the second, tokens
-    of the encoder's text are chosen and masked, the generator draws others in their places, and in a second pass the
+    The first is the mean over targets, and a `weight` of 0 leaves it and its gradient to the bit. For the second,
+    tokens of the encoder's text are chosen and masked, the generator draws others in their places, and in a second pass the
     encoder detects which were replaced. Detection is the mean over the text. The generator's cross-entropy is that of
     the chosen tokens, each weighted by the text tokens of its row for one that was chosen: an unbiased mean over the
     text. Both are means over the whole batch of which `batch` may be a part.
@@ -125,7 +125,7 @@ def choose(key: jax.Array, text: jax.Array, share: float) -> jax.Array:
 
 def _require_settings(weight: Any, detection_weight: float, share: float) -> None:
     for name, value in (("weight", weight), ("detection_weight", detection_weight)):
-        if not callable(value) and value < 0:
+        if isinstance(value, (int, float)) and value < 0:
             raise UserError(f"denoising_with_detection_loss.{name} = {value}: it must be 0 or more.")
     if not 0 < share <= 1:
         raise UserError(f"denoising_with_detection_loss.share = {share}: it must be above 0 and at most 1.")
