@@ -42,7 +42,7 @@ class Generator:
         Raises:
           UserError: the model has no decoder.
         """
-        if model.blueprint.model_class not in (EncoderDecoder, DecoderOnly):
+        if not issubclass(model.blueprint.model_class, (EncoderDecoder, DecoderOnly)):
             raise UserError(f"{model.origin}: {model.blueprint.model_class.__name__} has no decoder to write with.")
         if batch_size < 1:
             raise UserError(f"batch_size = {batch_size}: it must be at least 1.")

@@ -37,9 +37,9 @@ def denoising_with_detection_loss(
     """`language_model_loss` + `weight` * (masked language modelling of the generator + `detection_weight` * detection).
 
     The first is the mean over targets, and a `weight` of 0 leaves it and its gradient to the bit. For the second,
-    tokens of the encoder's text are chosen and masked, the generator draws others in their places, and in a second pass the
-    encoder detects which were replaced. Detection is the mean over the text. The generator's cross-entropy is that of
-    the chosen tokens, each weighted by the text tokens of its row for one that was chosen: an unbiased mean over the
+    tokens of the encoder's text are chosen and masked, the generator draws others in their places, and in a second pass
+    the encoder detects which were replaced. Detection is the mean over the text. The generator's cross-entropy is that
+    of the chosen tokens, each weighted by the text tokens of its row for one that was chosen: an unbiased mean over the
     text. Both are means over the whole batch of which `batch` may be a part.
 
     Args:

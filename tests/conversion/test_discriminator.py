@@ -14,7 +14,7 @@ from t5x_domain.errors import UserError
 from t5x_domain.models.assemblies import EncoderDecoder, EncoderOnly
 from t5x_domain.models.heads import head
 from t5x_domain.models.names import path_name
-from t5x_domain.models.rtd import ReplacedTokenDetection
+from t5x_domain.models.rtd import DetectingEncoderDecoder, ReplacedTokenDetection
 from t5x_domain.parallel.mesh import MeshShape
 from t5x_domain.training.initial import restore_params
 from t5x_domain.training.state import Blueprint
@@ -51,6 +51,20 @@ def test_the_encoder_computes_what_the_discriminator_did(sharing):
     table = encoder.tensors["embedding/embedding"]
     np.testing.assert_array_equal(table.read(), models[0].table)  # materialised to the bit
     assert bits(table.read((slice(3, 5),))) == bits(table.read()[3:5])
+
+
+@pytest.mark.parametrize(("sharing", "tie"), [("none", False), ("tied", True), ("gdes", False), ("gdes", True)])
+def test_the_encoder_decoder_computes_what_the_detector_did(sharing, tie):
+    config = dataclasses.replace(CONFIG, num_decoder_layers=2, rtd_embedding_sharing=sharing, tie_embeddings=tie)
+    checkpoint = random_checkpoint(DetectingEncoderDecoder, config)
+    remaining = discriminator(checkpoint).checked()
+    assert remaining.model is EncoderDecoder
+    unset = {"rtd_generator_layers": None, "rtd_embedding_sharing": "gdes"}
+    assert remaining.config == dataclasses.replace(config, **unset)
+    tokens = np.random.default_rng(0).integers(1, SHAPE["vocab_size"], (2, 2, 6)).astype(np.int32)
+    models = [restored(c, c.model, c.config) for c in (checkpoint, remaining)]
+    outputs = [np.asarray(jax.jit(lambda model=model: model.logits(model(*tokens)))()) for model in models]
+    np.testing.assert_array_equal(*outputs)
 
 
 def test_nothing_of_the_pretraining_remains():
