@@ -6,7 +6,7 @@ from t5x_domain.conversion.checkpoint import Checkpoint
 from t5x_domain.conversion.tensors import Tensor
 from t5x_domain.models.assemblies import EncoderDecoder, EncoderOnly, LanguageModel
 from t5x_domain.models.config import ModelConfig
-from t5x_domain.models.rtd import DetectingEncoderDecoder, ReplacedTokenDetection
+from t5x_domain.models.rtd import DetectingEncoderDecoder, Detector, ReplacedTokenDetection
 
 _REMAINING = {ReplacedTokenDetection: EncoderOnly, DetectingEncoderDecoder: EncoderDecoder}
 _TABLE, _SHARED, _DELTA = "embedding/embedding", "generator/embedding/embedding", "embedding_delta"
@@ -37,6 +37,20 @@ def discriminator(checkpoint: Checkpoint) -> Checkpoint:
         tensors[_TABLE] = shared if delta is None else _sum(shared, delta)
     model, config = remaining_model(checkpoint.model, checkpoint.config)
     return dataclasses.replace(checkpoint, model=model, config=config, tensors=tensors, second_moments=None)
+
+
+def as_begin_of(checkpoint: Checkpoint, model: type[LanguageModel], config: ModelConfig) -> Checkpoint:
+    """The checkpoint as a run of another class begins with it.
+
+    Of a detector that is what remains of it. A detector that shares its token embedding finds that of the checkpoint
+    where it has it, with the generator.
+    """
+    checkpoint = discriminator(checkpoint)
+    if not issubclass(model, Detector) or config.rtd_embedding_sharing == "none" or _TABLE not in checkpoint.tensors:
+        return checkpoint
+    tensors = dict(checkpoint.tensors)
+    tensors[_SHARED] = tensors.pop(_TABLE)
+    return dataclasses.replace(checkpoint, tensors=tensors)
 
 
 def _sum(a: Tensor, b: Tensor) -> Tensor:

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -82,6 +83,17 @@ def test_a_head_takes_the_encoder():
     headed = restored(checkpoint, head("tagging", num_labels=3), CONFIG, strict=False)
     wanted = discriminator(checkpoint).tensors["embedding/embedding"].read()
     np.testing.assert_array_equal(headed.embedding.embedding[...], wanted)
+
+
+@pytest.mark.parametrize("sharing", SHARINGS)
+def test_a_detector_begins_with_the_table_of_a_finished_model(sharing):
+    config = dataclasses.replace(CONFIG, num_decoder_layers=2, rtd_embedding_sharing=sharing)
+    finished = random_checkpoint(EncoderDecoder, config)
+    model = restored(finished, DetectingEncoderDecoder, config, strict=False)
+    np.testing.assert_array_equal(model.table, finished.tensors["embedding/embedding"].read())
+    for name in ("encoder/norm/scale", "embedding/output"):
+        part = functools.reduce(getattr, name.split("/"), model)
+        np.testing.assert_array_equal(part[...], finished.tensors[name].read())
 
 
 @pytest.mark.parametrize("sharing", SHARINGS)

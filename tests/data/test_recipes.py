@@ -301,7 +301,6 @@ def test_ul2_with_detection_on_eight_devices(two_corpora, monkeypatch, tmp_path)
     from t5x_domain.models.rtd import DetectingEncoderDecoder
     from t5x_domain.training import loop
     from t5x_domain.training.run import Run
-    from t5x_domain.training.step import make_eval_step
 
     files = ["models/tiny", "mixtures/sample", "runs/ul2_rtd"]
     settings = [
@@ -310,6 +309,7 @@ def test_ul2_with_detection_on_eight_devices(two_corpora, monkeypatch, tmp_path)
         "TRAIN_STEPS = 6",
         "Run.log_every = 1",
         "rsqrt.warmup_steps = 100",
+        "DENOISERS = 't5'",
         "detection/schedule.constant.warmup_steps = 4",
         "mixture_of_denoisers.metadata = @Metadata()",
         "Metadata.templates = ('Source: {source} ',)",
@@ -349,9 +349,6 @@ def test_ul2_with_detection_on_eight_devices(two_corpora, monkeypatch, tmp_path)
 
     wanted = logits(ours.blueprint, ours.params)
     np.testing.assert_array_equal(logits(exported.blueprint, exported.params), wanted)
-    feed, blueprint, params = loop.open_trained(run)
-    again = feed.held_out(make_eval_step(blueprint, feed.loss), params)  # as `evaluate` does
-    assert again == {corpus: scores["after"][corpus] for corpus in again}
 
 
 @pytest.mark.parametrize(
