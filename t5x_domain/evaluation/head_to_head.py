@@ -209,7 +209,7 @@ def prepare_task(settings: HeadToHead, task: Task) -> Prompted:
 
 def _checked(role: str, path: str) -> Checkpoint:
     """The model's description; its parameters are not read yet."""
-    checkpoint = open_checkpoint(path, flag=f"--{role}")
+    checkpoint = discriminator(open_checkpoint(path, flag=f"--{role}"))
     if checkpoint.model not in (EncoderDecoder, DecoderOnly):
         raise UserError(f"--{role}={path}: {checkpoint.model.__name__} cannot write; compare it in fine_tuned.")
     if checkpoint.vocabulary is None:
