@@ -14,6 +14,7 @@ import gin
 
 from t5x_domain.conversion.checkpoint import Checkpoint
 from t5x_domain.conversion.formats import open_checkpoint, state_of
+from t5x_domain.conversion.rtd import discriminator
 from t5x_domain.data.labelled import Task
 from t5x_domain.data.tasks import Corpus
 from t5x_domain.errors import UserError
