@@ -6,7 +6,7 @@ from t5x_domain.conversion.checkpoint import Checkpoint
 from t5x_domain.conversion.tensors import Tensor
 from t5x_domain.models.assemblies import EncoderDecoder, EncoderOnly, LanguageModel
 from t5x_domain.models.config import ModelConfig
-from t5x_domain.models.rtd import DetectingEncoderDecoder, Detector, ReplacedTokenDetection
+from t5x_domain.models.rtd import DetectingEncoderDecoder, ReplacedTokenDetection
 
 _REMAINING = {ReplacedTokenDetection: EncoderOnly, DetectingEncoderDecoder: EncoderDecoder}
 _TABLE, _SHARED, _DELTA = "embedding/embedding", "generator/embedding/embedding", "embedding_delta"
@@ -46,7 +46,7 @@ def as_begin_of(checkpoint: Checkpoint, model: type[LanguageModel], config: Mode
     where it has it, with the generator.
     """
     checkpoint = discriminator(checkpoint)
-    if not issubclass(model, Detector) or config.rtd_embedding_sharing == "none" or _TABLE not in checkpoint.tensors:
+    if model not in _REMAINING or config.rtd_embedding_sharing == "none":
         return checkpoint
     tensors = dict(checkpoint.tensors)
     tensors[_SHARED] = tensors.pop(_TABLE)
