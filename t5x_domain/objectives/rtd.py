@@ -206,11 +206,11 @@ def _generate(
 
 
 def _generator_ratios(scores: TokenScores, chosen: Chosen, batch: Batch) -> dict[str, jax.Array]:
-    predicted, wanted = chosen.weights.sum(), batch["encoder_loss_weights"].sum()
+    predicted, wanted = chosen.weights.sum(), (batch["encoder_loss_weights"] > 0).sum()
     return {
         "generator_loss": _pair((scores.nll * chosen.weights).sum(), predicted),
         "generator_accuracy": _pair((scores.correct * chosen.weights).sum(), predicted),
-        "without_room": _pair(wanted - predicted, wanted),
+        "without_room": _pair(wanted - (chosen.weights > 0).sum(), wanted),
     }
 
 
