@@ -5,6 +5,7 @@ from t5x_domain.data import curriculum, labelled, loader, mixtures, preparation,
 from t5x_domain.evaluation import downstream, fine_tuned, head_to_head  # noqa: F401
 from t5x_domain.inference import decoding  # noqa: F401
 from t5x_domain.models import assemblies, config, heads, rtd  # noqa: F401
+from t5x_domain.objectives import auxiliary_detection as detection_loss  # noqa: F401
 from t5x_domain.objectives import labels, language_modeling, losses, masked_lm, prefix, span_corruption  # noqa: F401
 from t5x_domain.objectives import rtd as rtd_loss  # noqa: F401
 from t5x_domain.parallel import mesh  # noqa: F401

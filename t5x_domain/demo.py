@@ -1,14 +1,15 @@
 """`python -m t5x_domain.demo`: prepares the shipped sample, trains on it, and ends with a report to read."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from t5x_domain import cli
 
 if TYPE_CHECKING:
     from t5x_domain.evaluation.fill import Filled
+    from t5x_domain.evaluation.perplexity import Measure
     from t5x_domain.training.run import Run
 
 _FILLED_PER_CORPUS = 4
@@ -27,6 +28,7 @@ def _demo(gin_files: Sequence[str], run_dir: str, bindings: Sequence[str], searc
     places = [f"{name} = {run_dir + tail!r}" for name, tail in tails.items()]
     cli.load_gin(["gin/runs/demo.gin", *gin_files], [*places, *bindings], search_paths)
     from t5x_domain.data.preparation import prepare
+    from t5x_domain.evaluation.perplexity import measures
     from t5x_domain.evaluation.report import write_report
     from t5x_domain.training.loop import train
     from t5x_domain.training.run import Run
@@ -38,9 +40,11 @@ def _demo(gin_files: Sequence[str], run_dir: str, bindings: Sequence[str], searc
     status = train(run)
     if status:
         return status
-    print("\n3. What was learned (perplexity of held-out text: the smaller, the better).")
+    summary = json.loads((Path(run.run_dir) / "eval.json").read_text(encoding="utf-8"))
+    measure = measures(next(scores for corpus, scores in summary["after"].items() if corpus != "step"))[0]
+    print(f"\n3. What was learned ({measure.name} of held-out text: the smaller, the better).")
     write_report(run.run_dir, filled=_fill(run))
-    _print_summary(Path(run.run_dir))
+    _print_summary(Path(run.run_dir), summary, measure)
     return 0
 
 
@@ -66,15 +70,14 @@ def _fill(run: "Run") -> list["Filled"]:
     return filled
 
 
-def _print_summary(run_dir: Path) -> None:
-    summary = json.loads((run_dir / "eval.json").read_text(encoding="utf-8"))
+def _print_summary(run_dir: Path, summary: Mapping[str, Any], measure: "Measure") -> None:
     before, after = summary["before"], summary["after"]
+    form = ",.1f" if measure.key == "perplexity" else measure.form
     for corpus in after:
         if corpus != "step":
-            print(
-                f"   {corpus:12} {before[corpus]['perplexity']:8,.1f} -> {after[corpus]['perplexity']:.1f}   "
-                f"({after[corpus]['accuracy']:.0%} of the targets guessed right)"
-            )
+            was, became = (format(scores[corpus][measure.key], form) for scores in (before, after))
+            right = f"({after[corpus]['accuracy']:.0%} of the targets guessed right)"
+            print(f"   {corpus:12} {was:>8} -> {became}   {right}")
     print(f"\nOpen {run_dir / 'report.html'}.")
     print(
         f"In {run_dir}/ are also metrics.jsonl, evaluations.jsonl, eval.json, config.gin, checkpoints/, tensorboard/."

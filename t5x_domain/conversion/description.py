@@ -13,11 +13,14 @@ from t5x_domain.errors import UserError
 from t5x_domain.files import write_atomically
 from t5x_domain.models.assemblies import DecoderOnly, EncoderDecoder, EncoderOnly, LanguageModel
 from t5x_domain.models.config import ModelConfig
-from t5x_domain.models.rtd import ReplacedTokenDetection
+from t5x_domain.models.rtd import DetectingEncoderDecoder, ReplacedTokenDetection
 
 DESCRIPTION, VOCABULARY, GIN = "model.json", "vocabulary.model", "model.gin"
 _KINDS = {"sentencepiece": Vocabulary, "bytes": ByteVocabulary}
-_MODELS = {model.__name__: model for model in (EncoderDecoder, DecoderOnly, EncoderOnly, ReplacedTokenDetection)}
+_MODELS = {
+    model.__name__: model
+    for model in (EncoderDecoder, DecoderOnly, EncoderOnly, ReplacedTokenDetection, DetectingEncoderDecoder)
+}
 
 
 def describe(

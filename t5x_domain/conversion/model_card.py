@@ -6,6 +6,7 @@ from typing import Any
 
 from t5x_domain.conversion.checkpoint import Checkpoint
 from t5x_domain.conversion.layout import part_shapes
+from t5x_domain.evaluation.perplexity import measures
 from t5x_domain.models.assemblies import DecoderOnly, EncoderDecoder, EncoderOnly
 
 _CLASSES = {EncoderDecoder: "AutoModelForSeq2SeqLM", DecoderOnly: "AutoModelForCausalLM", EncoderOnly: "AutoModel"}
@@ -91,14 +92,12 @@ def _training(facts: Mapping[str, Any], run: Mapping[str, Any]) -> str:
 def _scores(scores: Mapping[str, Any]) -> str:
     """What the loss has to say of held-out text: of predicted tokens their perplexity, else of its binary decisions."""
     by_corpus = {corpus: score for corpus, score in scores.items() if corpus != "step"}
-    columns = {"perplexity": ("perplexity", ".2f"), "bits_per_byte": ("bits per byte", ".3f")}
-    if not all("perplexity" in score for score in by_corpus.values()):
-        columns = {"loss": ("binary cross-entropy", ".4f")}
-    columns["accuracy"] = ("targets guessed right", ".1%")
+    columns = measures(next(iter(by_corpus.values())))
     rows = [
-        (corpus, *(format(score[key], how) for key, (_, how) in columns.items())) for corpus, score in by_corpus.items()
+        (corpus, *(format(score[key], form) for key, _, form in columns), format(score["accuracy"], ".1%"))
+        for corpus, score in by_corpus.items()
     ]
-    head = ("corpus", *(title for title, _ in columns.values()))
+    head = ("corpus", *(name for _, name, _ in columns), "targets guessed right")
     return f"## Held-out text, step {scores['step']:,}\n\n" + _table(head, rows)
 
 

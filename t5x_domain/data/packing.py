@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from t5x_domain.data.vocabulary import Vocabulary
+from t5x_domain.data.vocabulary import ByteVocabulary, Vocabulary
 from t5x_domain.errors import UserError
 from t5x_domain.objectives.base import Objective
 from t5x_domain.objectives.prefix import NO_TOKENS
@@ -135,6 +135,27 @@ class EncoderDecoder(Layout):
             "decoder_loss_weights": (decoder.segment_ids > 0).astype(np.float32),
             "component_ids": component_ids,
         }
+
+
+@dataclasses.dataclass(frozen=True)
+class DetectingEncoderDecoder(EncoderDecoder):
+    """As `EncoderDecoder`, with `encoder_token_weights`, 1 on text of the inputs, 0 on prefix, sentinels, EOS, padding.
+
+    Attributes:
+      vocabulary: says which ids are text.
+    """
+
+    vocabulary: Vocabulary | ByteVocabulary
+
+    def batch(self, rows: Sequence[Sequence[Example]], lengths: Mapping[str, int]) -> Batch:
+        features = super().batch(rows, lengths)
+        text = self.vocabulary.pieces.text[features["encoder_input_tokens"]] & (features["encoder_segment_ids"] > 0)
+        for row, examples in enumerate(rows):
+            start = 0
+            for example in examples:
+                text[row, start : start + len(example.prefix)] = False
+                start += len(example.prefix) + len(example.inputs)
+        return {**features, "encoder_token_weights": text.astype(np.float32)}
 
 
 @dataclasses.dataclass(frozen=True)

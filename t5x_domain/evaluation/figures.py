@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from t5x_domain.evaluation.perplexity import measures
+
 # Matplotlib knows no currentColor, so it draws ink in a colour that nothing else has, which is then replaced.
 INK = "#010203"
 
@@ -23,7 +25,7 @@ class Curve(NamedTuple):
 def figures(
     metrics: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]], colours: Mapping[str, str]
 ) -> str:
-    """Loss, held-out perplexity, learning rate and throughput of a run as SVG figures.
+    """Loss, held-out scores, learning rate and throughput of a run as SVG figures.
 
     Args:
       metrics: lines of metrics.jsonl.
@@ -39,11 +41,12 @@ def figures(
         Curve(colour, steps, [line["corpus_loss"].get(corpus) for line in metrics])
         for corpus, colour in colours.items()
     ]
+    measure = measures(evaluations[-1]["corpora"][next(iter(colours))])[0]
     held_out = [
         Curve(
             colour,
             [line["step"] for line in evaluations],
-            [line["corpora"][corpus]["perplexity"] for line in evaluations],
+            [line["corpora"][corpus][measure.key] for line in evaluations],
         )
         for corpus, colour in colours.items()
     ]
@@ -53,7 +56,7 @@ def figures(
     return "\n".join(
         [
             figure_of("Training loss", "nats per target; light: as logged, strong: moving average", loss, smooth=True),
-            figure_of("Held-out perplexity", "logarithmic scale", held_out, log=True, markers=True),
+            figure_of(f"Held-out {measure.name}", "logarithmic scale", held_out, log=True, markers=True),
             figure_of("Learning rate", "of each update", [logged("learning_rate")], zero=True),
             figure_of("Throughput", "tokens per second, padding left out", rate, smooth=True, zero=True),
         ]

@@ -13,6 +13,7 @@ from t5x_domain.inference.decoding import Decoding
 from t5x_domain.inference.generator import Generator
 from t5x_domain.inference.opened import Opened, unrolled
 from t5x_domain.models.assemblies import DecoderOnly, EncoderDecoder
+from t5x_domain.models.rtd import DetectingEncoderDecoder
 from t5x_domain.objectives.prefix import NO_TOKENS, prefix_ids
 from t5x_domain.objectives.span_corruption import spans, split_at_sentinels
 from t5x_domain.training.state import Blueprint
@@ -69,7 +70,7 @@ def fill_spans(
       UserError: the model cannot write, `max_targets` leaves no room for an example's true targets, or the metadata
         do not suit the component.
     """
-    if model_of.model_class not in (EncoderDecoder, DecoderOnly):
+    if model_of.model_class not in (EncoderDecoder, DetectingEncoderDecoder, DecoderOnly):
         raise UserError(f"{model_of.model_class.__name__} has no decoder to fill blanks with; use EncoderDecoder.")
     longest = max((len(example["targets"]) for example in examples), default=0)
     if longest > max_targets:

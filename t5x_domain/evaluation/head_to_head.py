@@ -14,6 +14,7 @@ import gin
 
 from t5x_domain.conversion.checkpoint import Checkpoint
 from t5x_domain.conversion.formats import open_checkpoint, state_of
+from t5x_domain.conversion.rtd import discriminator
 from t5x_domain.data.labelled import Task
 from t5x_domain.data.tasks import Corpus
 from t5x_domain.errors import UserError
@@ -209,7 +210,7 @@ def prepare_task(settings: HeadToHead, task: Task) -> Prompted:
 
 def _checked(role: str, path: str) -> Checkpoint:
     """The model's description; its parameters are not read yet."""
-    checkpoint = open_checkpoint(path, flag=f"--{role}")
+    checkpoint = discriminator(open_checkpoint(path, flag=f"--{role}"))
     if checkpoint.model not in (EncoderDecoder, DecoderOnly):
         raise UserError(f"--{role}={path}: {checkpoint.model.__name__} cannot write; compare it in fine_tuned.")
     if checkpoint.vocabulary is None:

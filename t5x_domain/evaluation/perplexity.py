@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -49,8 +49,25 @@ def held_out_scores(
     return scores | ratios(sums)
 
 
+class Measure(NamedTuple):
+    """A figure among held-out scores: its key, its name, and how it is written."""
+
+    key: str
+    name: str
+    form: str
+
+
+PERPLEXITY = Measure("perplexity", "perplexity", ".2f")
+BITS_PER_BYTE = Measure("bits_per_byte", "bits per byte", ".3f")
+BINARY = Measure("loss", "binary cross-entropy", ".4f")
+
+
+def measures(scores: Mapping[str, float]) -> list[Measure]:
+    """What `held_out_scores` has to say of text, the headline first."""
+    return [PERPLEXITY, BITS_PER_BYTE] if PERPLEXITY.key in scores else [BINARY]
+
+
 def headline(scores: Mapping[str, float]) -> tuple[str, str]:
     """Name and value of what to show of a corpus's scores if there is room for one."""
-    if "perplexity" in scores:
-        return "perplexity", f"{scores['perplexity']:.2f}"
-    return "binary cross-entropy", f"{scores['loss']:.4f}"
+    measure = measures(scores)[0]
+    return measure.name, format(scores[measure.key], measure.form)

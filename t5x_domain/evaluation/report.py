@@ -11,9 +11,17 @@ from typing import Any
 from t5x_domain.errors import UserError
 from t5x_domain.evaluation.figures import INK, figures
 from t5x_domain.evaluation.fill import Blank, Filled
+from t5x_domain.evaluation.perplexity import BINARY, PERPLEXITY, Measure, measures
 from t5x_domain.files import write_atomically
 from t5x_domain.training.metrics import read_json_lines
 
+MEANING = {
+    PERPLEXITY: "Perplexity is the exponential of the mean loss of a target token; bits per byte divide that loss by "
+    "the corpus’s UTF-8 bytes per token, so that vocabularies can be compared; accuracy is the share of targets to "
+    "which the model gave the largest probability.",
+    BINARY: "Binary cross-entropy is the mean loss, in nats, of telling replaced tokens from original ones; accuracy "
+    "is the share of tokens that were told rightly.",
+}
 # Middle tones, which stand out from white and from black paper alike.
 PALETTE = ("#3b82c4", "#d9762b", "#2a9d78", "#a86bc4", "#c9485b", "#a08a1f", "#2f9fb3", "#8a6f5c")
 
@@ -106,15 +114,21 @@ def _page(
 
 
 def _headline(summary: Mapping[str, Any], corpora: Sequence[str]) -> str:
+    first, *others = _measures(summary, corpora)
     clauses = []
     for corpus in corpora:
         before, after = summary["before"][corpus], summary["after"][corpus]
+        more = ", ".join(f"{shown_number(after[measure.key])} {measure.name}" for measure in others)
         clauses.append(
-            f"from {shown_number(before['perplexity'])} to <b>{shown_number(after['perplexity'])}</b> "
-            f"on <em>{html.escape(corpus)}</em> ({shown_number(after['bits_per_byte'])} bits per byte)"
+            f"from {shown_number(before[first.key])} to <b>{shown_number(after[first.key])}</b> "
+            f"on <em>{html.escape(corpus)}</em>{f' ({more})' if more else ''}"
         )
     listed = " and ".join([", ".join(clauses[:-1]), clauses[-1]] if clauses[1:] else clauses)
-    return f"In {_updates(summary['after']['step'])}, held-out perplexity went {listed}."
+    return f"In {_updates(summary['after']['step'])}, held-out {first.name} went {listed}."
+
+
+def _measures(summary: Mapping[str, Any], corpora: Sequence[str]) -> list[Measure]:
+    return measures(summary["after"][corpora[0]])
 
 
 def _facts(steps: int, metrics: Sequence[Mapping[str, Any]]) -> str:
@@ -130,7 +144,8 @@ def _facts(steps: int, metrics: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _table(summary: Mapping[str, Any], corpora: Sequence[str]) -> str:
-    columns = {"perplexity": shown_number, "bits_per_byte": shown_number, "accuracy": lambda share: f"{share:.1%}"}
+    found = _measures(summary, corpora)
+    columns = {measure.key: shown_number for measure in found} | {"accuracy": lambda share: f"{share:.1%}"}
     rows = []
     for corpus in corpora:
         before, after = summary["before"][corpus], summary["after"][corpus]
@@ -140,15 +155,13 @@ def _table(summary: Mapping[str, Any], corpora: Sequence[str]) -> str:
         )
         name = f"{html.escape(corpus)} <small>{after['targets']:,} targets</small>"
         rows.append(f"<tr><th scope='row'>{name}</th>{cells}</tr>")
+    titles = [*(measure.name.capitalize() for measure in found), "Accuracy"]
+    head = "".join(f'<th scope="col">{title}</th>' for title in ("Corpus", *titles))
     return f"""<table>
-<thead><tr><th scope="col">Corpus</th><th scope="col">Perplexity</th><th scope="col">Bits per byte</th>
-<th scope="col">Accuracy</th></tr></thead>
+<thead><tr>{head}</tr></thead>
 <tbody>{"".join(rows)}</tbody>
 </table>
-<p class="note">Update {summary["before"]["step"]:,} → update {summary["after"]["step"]:,}.
-Perplexity is the exponential of the mean loss of a target token; bits per byte divide that loss by the corpus’s UTF-8
-bytes per token, so that vocabularies can be compared; accuracy is the share of targets to which the model gave the
-largest probability.</p>"""
+<p class="note">Update {summary["before"]["step"]:,} → update {summary["after"]["step"]:,}. {MEANING[found[0]]}</p>"""
 
 
 def _seen(phases: Sequence[Mapping[str, Any]], metrics: Sequence[Mapping[str, Any]]) -> str:

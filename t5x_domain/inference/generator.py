@@ -16,6 +16,7 @@ from t5x_domain.inference.decoding import Decoding, Written, beam_search, decode
 from t5x_domain.inference.opened import Opened
 from t5x_domain.models.assemblies import DecoderOnly, EncoderDecoder, LanguageModel
 from t5x_domain.models.names import path_name
+from t5x_domain.models.rtd import DetectingEncoderDecoder
 from t5x_domain.parallel.sharding import put, use_mesh
 
 
@@ -42,7 +43,7 @@ class Generator:
         Raises:
           UserError: the model has no decoder.
         """
-        if model.blueprint.model_class not in (EncoderDecoder, DecoderOnly):
+        if model.blueprint.model_class not in (EncoderDecoder, DetectingEncoderDecoder, DecoderOnly):
             raise UserError(f"{model.origin}: {model.blueprint.model_class.__name__} has no decoder to write with.")
         if batch_size < 1:
             raise UserError(f"batch_size = {batch_size}: it must be at least 1.")

@@ -34,9 +34,14 @@ class LanguageModel(nnx.Module):
         return self.config.embed_dim**-0.5 if self.config.scale_logits else 1.0
 
     @property
+    def table(self) -> jax.Array:
+        """The token embedding [vocab_size, embedding_dim] float32."""
+        return self.embedding.embedding[...]
+
+    @property
     def output_kernel(self) -> jax.Array:
         """[vocab_size, embed_dim] float32: hidden states times its transpose, scaled and capped, are the logits."""
-        return self.embedding.output_kernel
+        return self.embedding.output_kernel(self.table)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[B, T, embed_dim] -> [B, T, vocab_size] float32. For losses use `kernels.cross_entropy`, which holds none."""
@@ -49,7 +54,7 @@ class LanguageModel(nnx.Module):
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """[B, T] int32 -> [B, T, embed_dim]."""
-        return constrain(self.embedding(tokens), "batch", "length", "embed_activation")
+        return constrain(self.embedding(tokens, self.table), "batch", "length", "embed_activation")
 
 
 @gin.configurable

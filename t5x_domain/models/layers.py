@@ -101,12 +101,9 @@ class Embedding(nnx.Module):
         self.norm = Norm(config) if config.embedding_norm else None
         self.config = config
 
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        """[B, T] int32 -> [B, T, embed_dim] in the compute dtype."""
-        return self.look_up(self.embedding[...], tokens)
-
-    def look_up(self, table: jax.Array, tokens: jax.Array) -> jax.Array:
-        """As `__call__`, with another table [vocab_size, embedding_dim] float32."""
+    def __call__(self, tokens: jax.Array, table: jax.Array) -> jax.Array:
+        """[B, T] int32 -> [B, T, embed_dim] in the compute dtype; `table` [vocab_size, embedding_dim] float32 is
+        `embedding` or what an assembly has instead."""
         # Gathered over fsdp before the look-up, as every other parameter is before its use.
         x = constrain(table.astype(self.config.dtype), "vocab", None)[tokens]
         if self.projection is not None:
@@ -115,12 +112,11 @@ class Embedding(nnx.Module):
             x = x * jnp.asarray(self.config.embed_dim**0.5, x.dtype)
         return x if self.norm is None else self.norm(x)
 
-    @property
-    def output_kernel(self) -> jax.Array:
-        """[vocab_size, embed_dim] float32."""
+    def output_kernel(self, table: jax.Array) -> jax.Array:
+        """[vocab_size, embed_dim] float32, of `table` if it is tied."""
         if self.output is not None:
             return self.output[...]
-        return self.embedding[...] if self.projection is None else self.embedding[...] @ self.projection.kernel[...]
+        return table if self.projection is None else table @ self.projection.kernel[...]
 
 
 def rotate(x: jax.Array, positions: jax.Array, base: float) -> jax.Array:

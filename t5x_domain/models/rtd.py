@@ -12,24 +12,70 @@ import jax.numpy as jnp
 from flax import nnx
 
 from t5x_domain.errors import UserError
-from t5x_domain.models.assemblies import EncoderOnly
+from t5x_domain.models.assemblies import EncoderDecoder, EncoderOnly, LanguageModel
 from t5x_domain.models.config import ModelConfig
 from t5x_domain.models.heads import Scores
 from t5x_domain.models.layers import ACTIVATIONS, Linear
-from t5x_domain.parallel.sharding import constrain
+
+
+class Detector(LanguageModel):
+    """An assembly with an encoder, and what replaced-token detection adds to it: `generator/…` and `head/…`.
+
+    The token embedding of the assembly itself is, by `config.rtd_embedding_sharing`,
+      "none": its own, `embedding/embedding`;
+      "tied": the generator's, which learns from every loss (ELECTRA, section 3.2);
+      "gdes": the generator's, which learns from the generator's loss alone, plus `embedding_delta`, which starts at 0
+        and takes the gradient of all other losses (gradient-disentangled embedding sharing: DeBERTaV3, section 3.3).
+    Either way it starts with the values it has without a generator. Each model has its own projection and norm of
+    embeddings, and its own positions.
+    """
+
+    def _add_detection(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
+        """Builds generator and head beside the assembly, which is built already.
+
+        Raises:
+          UserError: the generator would be larger than the encoder.
+        """
+        self.config = config
+        self.generator = EncoderOnly(generator_config(config), rngs=rngs)
+        self.head = DetectionHead(config, rngs=rngs)
+        if config.rtd_embedding_sharing != "none":
+            shared = self.embedding.embedding
+            self.generator.embedding.embedding, self.embedding.embedding = shared, None
+        if config.rtd_embedding_sharing == "gdes":
+            self.embedding_delta = nnx.Param(jnp.zeros_like(shared[...]), logical_axes=shared.logical_axes)
+
+    @property
+    def table(self) -> jax.Array:
+        """The assembly's token embedding [vocab_size, embedding_dim] float32."""
+        if self.config.rtd_embedding_sharing == "none":
+            return self.embedding.embedding[...]
+        shared = self.generator.embedding.embedding[...]
+        if self.config.rtd_embedding_sharing == "tied":
+            return shared
+        return jax.lax.stop_gradient(shared) + self.embedding_delta[...]
+
+    def detect(
+        self,
+        tokens: jax.Array,
+        *,
+        segment_ids: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        rng: jax.Array | None = None,
+    ) -> jax.Array:
+        """Logits [B, S] float32, positive where the encoder takes a token to be replaced; the others are [B, S] int32.
+
+        `rng` is a key for dropout; None for none.
+        """
+        return self.head(self.encoder(self.embed(tokens), segment_ids=segment_ids, positions=positions, rng=rng))
 
 
 @gin.configurable
-class ReplacedTokenDetection(EncoderOnly):
+class ReplacedTokenDetection(Detector, EncoderOnly):
     """A discriminator, which is the model itself, and its `generator`.
 
     So `encoder/…` is what remains after pretraining, named as in `EncoderOnly`, and `generator/…` and `head/…` are left
-    behind. The discriminator's token embedding is, by `config.rtd_embedding_sharing`,
-      "none": its own, `embedding/embedding`;
-      "tied": the generator's, which learns from both losses (ELECTRA, section 3.2);
-      "gdes": the generator's, through which no gradient of detection flows, plus `embedding_delta`, which starts at 0
-        (gradient-disentangled embedding sharing: DeBERTaV3, section 3.3).
-    Each model has its own projection and norm of embeddings, and its own positions.
+    behind; see `Detector`.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
@@ -38,25 +84,9 @@ class ReplacedTokenDetection(EncoderOnly):
         Raises:
           UserError: the generator would be larger than the discriminator.
         """
-        super().__init__(dataclasses.replace(config, tie_embeddings=True), rngs=rngs)  # it scores no vocabulary
-        self.config = config
-        self.generator = EncoderOnly(generator_config(config), rngs=rngs)
-        self.head = DetectionHead(config, rngs=rngs)
-        table = self.embedding.embedding
-        if config.rtd_embedding_sharing != "none":
-            self.embedding.embedding = None
-        if config.rtd_embedding_sharing == "gdes":
-            self.embedding_delta = nnx.Param(jnp.zeros_like(table[...]), logical_axes=table.logical_axes)
-
-    @property
-    def table(self) -> jax.Array:
-        """The discriminator's token embedding [vocab_size, embedding_dim] float32."""
-        if self.config.rtd_embedding_sharing == "none":
-            return self.embedding.embedding[...]
-        shared = self.generator.embedding.embedding[...]
-        if self.config.rtd_embedding_sharing == "tied":
-            return shared
-        return jax.lax.stop_gradient(shared) + self.embedding_delta[...]
+        unscored = dataclasses.replace(config, tie_embeddings=True)  # it scores no vocabulary
+        EncoderOnly.__init__(self, unscored, rngs=rngs)
+        self._add_detection(config, rngs)
 
     @property
     def output_kernel(self) -> jax.Array:
@@ -66,9 +96,23 @@ class ReplacedTokenDetection(EncoderOnly):
             "or MODEL = @EncoderOnly for masked language modelling."
         )
 
-    def embed(self, tokens: jax.Array) -> jax.Array:
-        """[B, S] int32 -> [B, S, embed_dim]."""
-        return constrain(self.embedding.look_up(self.table, tokens), "batch", "length", "embed_activation")
+
+@gin.configurable
+class DetectingEncoderDecoder(Detector, EncoderDecoder):
+    """An encoder-decoder whose encoder also learns to find replaced tokens, as METRO-T0's does (Gong et al. 2023).
+
+    `embedding/…`, `encoder/…` and `decoder/…` are named as in `EncoderDecoder` and start with its values; they are what
+    remains after pretraining. The loss is `objectives.auxiliary_detection`.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+        """Builds all.
+
+        Raises:
+          UserError: the generator would be larger than the encoder.
+        """
+        EncoderDecoder.__init__(self, config, rngs=rngs)
+        self._add_detection(config, rngs)
 
 
 class DetectionHead(nnx.Module):

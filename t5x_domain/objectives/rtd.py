@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from t5x_domain.errors import UserError
 from t5x_domain.kernels.cross_entropy import TokenScores
 from t5x_domain.kernels.sample import sample_tokens
-from t5x_domain.models.rtd import ReplacedTokenDetection
+from t5x_domain.models.rtd import Detector, ReplacedTokenDetection
 from t5x_domain.objectives.losses import target_scores, total
 
 Batch = Mapping[str, jax.Array]
@@ -65,6 +65,62 @@ def replaced_token_detection_loss(
             f"{type(model).__name__} has no generator to replace tokens and no head to detect them; "
             "set MODEL = @ReplacedTokenDetection, an encoder, for the loss @replaced_token_detection_loss."
         )
+    name = "encoder_loss_weights" if masked_only else "encoder_token_weights"
+    weights, chosen = batch[name], "encoder_loss_weights"
+    options = {"temperature": temperature, "sampling_dropout": sampling_dropout, "max_share": max_share}
+    found = detection(model, batch, weights, rng, z_loss=z_loss, **options)
+    # The step divides by the sum of `weights`: what this leaves of the generator's part is 1 / positions chosen.
+    ratio = total(batch, name) / jnp.maximum(total(batch, chosen), 1)
+    component = jax.nn.one_hot(batch["component_ids"], num_components, dtype=jnp.float32)
+    detection_loss = found.nll.sum()
+    return found.generator_loss * ratio.astype(found.generator_loss.dtype) + detection_weight * detection_loss, {
+        "weight": weights.sum(),
+        "binary_nll": detection_loss,
+        "correct": (found.correct * weights).sum(),
+        "component_nll": jnp.einsum("bs,bsc->c", found.nll, component),
+        "component_weight": jnp.einsum("bs,bsc->c", weights, component),
+        "ratios": found.ratios,
+    }
+
+
+class Detection(NamedTuple):
+    """What generator and detector have to say of a batch.
+
+    Attributes:
+      generator_loss: weighted sum of cross-entropies of the chosen tokens, float32 scalar.
+      nll: [B, S] float32, binary cross-entropies times their weights.
+      correct: [B, S] bool, whether the token was taken for what it is.
+      ratios: to report, see `replaced_token_detection_loss`.
+    """
+
+    generator_loss: jax.Array
+    nll: jax.Array
+    correct: jax.Array
+    ratios: dict[str, jax.Array]
+
+
+def detection(
+    model: Detector,
+    batch: Batch,
+    weights: jax.Array,
+    rng: jax.Array | None,
+    *,
+    temperature: float,
+    sampling_dropout: bool,
+    max_share: float,
+    z_loss: float,
+) -> Detection:
+    """Lets the generator replace the chosen tokens and the model detect which tokens were replaced.
+
+    Args:
+      model: holds both.
+      batch: features [B, S], see `replaced_token_detection_loss`; `encoder_loss_weights` may be others than 0 and 1.
+      weights: [B, S] float32, of the tokens in detection.
+      rng, temperature, sampling_dropout, max_share, z_loss: see `replaced_token_detection_loss`.
+
+    Raises:
+      UserError: temperature or share are out of range.
+    """
     if temperature <= 0 or not 0 < max_share <= 1:
         raise UserError(
             f"replaced_token_detection_loss.temperature = {temperature}, .max_share = {max_share}: the temperature "
@@ -78,23 +134,12 @@ def replaced_token_detection_loss(
     original = batch["encoder_target_tokens"]
     tokens = chosen.replace(original, samples)
     replaced = tokens != original
-    logits = model.head(model(**_inputs(model, batch, tokens), rng=detection_rng))
-    name = "encoder_loss_weights" if masked_only else "encoder_token_weights"
-    weights = batch[name]
+    places = {name: batch[f"encoder_{name}"] for name in ("segment_ids", "positions")}
+    logits = model.detect(tokens, **places, rng=detection_rng)
     nll = (jax.nn.softplus(logits) - replaced * logits) * weights
-    detection_loss = nll.sum()
-    # The step divides by the sum of `weights`: what this leaves of the generator's part is 1 / positions chosen.
-    ratio = total(batch, name) / jnp.maximum(total(batch, "encoder_loss_weights"), 1)
-    component = jax.nn.one_hot(batch["component_ids"], num_components, dtype=jnp.float32)
     detected = logits > 0
-    return generator_loss * ratio.astype(generator_loss.dtype) + detection_weight * detection_loss, {
-        "weight": weights.sum(),
-        "binary_nll": detection_loss,
-        "correct": ((detected == replaced) * weights).sum(),
-        "component_nll": jnp.einsum("bs,bsc->c", nll, component),
-        "component_weight": jnp.einsum("bs,bsc->c", weights, component),
-        "ratios": _generator_ratios(scores, chosen, batch) | _detection_ratios(detected, replaced, weights),
-    }
+    ratios = _generator_ratios(scores, chosen, batch) | _detection_ratios(detected, replaced, weights)
+    return Detection(generator_loss, nll, detected == replaced, ratios)
 
 
 class Chosen(NamedTuple):
@@ -103,7 +148,7 @@ class Chosen(NamedTuple):
     Attributes:
       positions: [B, K] int32.
       targets: [B, K] int32, the tokens that were there.
-      weights: [B, K] bool, whether the position is chosen.
+      weights: [B, K] float32, the chosen positions' weights, 0 of the others.
       slot: [B, S] int32, where among the K a position stands.
       with_room: [B, S] bool, whether it is one of them.
     """
@@ -117,13 +162,15 @@ class Chosen(NamedTuple):
     @classmethod
     def of(cls, batch: Batch, max_share: float) -> "Chosen":
         """K is the share of the row's length, rounded up."""
-        chosen, targets = batch["encoder_loss_weights"] > 0, batch["encoder_target_tokens"]
+        weights, targets = batch["encoder_loss_weights"], batch["encoder_target_tokens"]
+        chosen = weights > 0
         length = chosen.shape[1]
         room = math.ceil(length * max_share)
-        order, positions = jax.lax.top_k(jnp.where(chosen, length - jnp.arange(length), 0), room)
+        positions = jax.lax.top_k(jnp.where(chosen, length - jnp.arange(length), 0), room)[1]
         slot = jnp.cumsum(chosen, axis=1) - 1
         with_room = chosen & (slot < room)
-        return cls(positions, jnp.take_along_axis(targets, positions, axis=1), order > 0, slot, with_room)
+        targets, weights = (jnp.take_along_axis(of_row, positions, axis=1) for of_row in (targets, weights))
+        return cls(positions, targets, weights, slot, with_room)
 
     def gather(self, hidden: jax.Array) -> jax.Array:
         """[B, S, D] -> [B, K, D]."""
@@ -133,10 +180,6 @@ class Chosen(NamedTuple):
         """[B, S] with samples [B, K] at the chosen positions."""
         sampled = jnp.take_along_axis(samples, jnp.clip(self.slot, 0, samples.shape[1] - 1), axis=1)
         return jnp.where(self.with_room, sampled, tokens)
-
-
-def _inputs(model: Any, batch: Batch, tokens: jax.Array) -> dict[str, jax.Array]:
-    return {**{name: batch[name] for name in model.inputs if name in batch}, "encoder_input_tokens": tokens}
 
 
 def _generate(
@@ -152,11 +195,10 @@ def _generate(
     dropout_rng, key = (None, jax.random.key(0)) if rng is None else jax.random.split(rng)
 
     def states(rng: jax.Array | None) -> jax.Array:
-        return chosen.gather(generator(**_inputs(generator, batch, batch["encoder_input_tokens"]), rng=rng))
+        return chosen.gather(generator(**{name: batch[name] for name in generator.inputs}, rng=rng))
 
     hidden = states(dropout_rng)
-    weights = chosen.weights.astype(jnp.float32)
-    loss, scores = target_scores(generator, hidden, chosen.targets, weights, z_loss=z_loss)
+    loss, scores = target_scores(generator, hidden, chosen.targets, chosen.weights, z_loss=z_loss)
     if not sampling_dropout and rng is not None and generator.config.dropout_rate:
         hidden = states(None)
     options = {"logit_scale": generator.logit_scale, "softcap": generator.config.final_logit_softcap}
@@ -164,11 +206,11 @@ def _generate(
 
 
 def _generator_ratios(scores: TokenScores, chosen: Chosen, batch: Batch) -> dict[str, jax.Array]:
-    predicted, wanted = chosen.weights.sum(), batch["encoder_loss_weights"].sum()
+    predicted, wanted = chosen.weights.sum(), (batch["encoder_loss_weights"] > 0).sum()
     return {
         "generator_loss": _pair((scores.nll * chosen.weights).sum(), predicted),
         "generator_accuracy": _pair((scores.correct * chosen.weights).sum(), predicted),
-        "without_room": _pair(wanted - predicted, wanted),
+        "without_room": _pair(wanted - (chosen.weights > 0).sum(), wanted),
     }
 
 

@@ -1,6 +1,7 @@
 """What a run reads: the token caches of its mixture, opened, checked, and turned into arrays on the mesh."""
 
 import functools
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from t5x_domain.data.tasks import AS_TRAINED, Component, Corpus, Mixture
 from t5x_domain.errors import UserError
 from t5x_domain.evaluation.perplexity import held_out_scores
 from t5x_domain.models.assemblies import DecoderOnly, EncoderDecoder, EncoderOnly
-from t5x_domain.models.rtd import ReplacedTokenDetection
+from t5x_domain.models.rtd import DetectingEncoderDecoder, ReplacedTokenDetection
 from t5x_domain.parallel.sharding import sharding
 from t5x_domain.training.run import Run
 
@@ -27,6 +28,22 @@ LAYOUTS = {
     EncoderOnly: packing.EncoderOnly(),
     ReplacedTokenDetection: packing.EncoderOnly(),
 }
+
+
+def layout_of(run: Run) -> packing.Layout:
+    """How examples become the features that the run's model takes.
+
+    Raises:
+      UserError: the model does not learn from text alone.
+    """
+    if run.model is DetectingEncoderDecoder:
+        return packing.DetectingEncoderDecoder(run.vocabulary)
+    if run.model not in LAYOUTS:
+        known = ", ".join("@" + model.__name__ for model in (*LAYOUTS, DetectingEncoderDecoder))
+        raise UserError(
+            f"Run.model = {run.model.__name__} is not one that learns from text alone; set MODEL to one of {known}."
+        )
+    return LAYOUTS[run.model]
 
 
 class Feed:
@@ -46,15 +63,10 @@ class Feed:
                 f"{mesh.shape['fsdp']} (MeshShape.fsdp) x {run.accumulation_steps} (Run.accumulation_steps) parts; "
                 f"make it a multiple of {shares}."
             )
-        if run.model not in LAYOUTS:
-            raise UserError(
-                f"Run.model = {run.model.__name__} is not one that learns from text alone; "
-                f"set MODEL to one of {', '.join('@' + model.__name__ for model in LAYOUTS)}."
-            )
-        self._run, self._mesh = run, mesh
+        self._run, self._mesh, self._layout = run, mesh, layout_of(run)
         self.eval_components = list((run.eval_mixture or run.phases[-1].mixture).components)
         self.components = _by_name([*(c for phase in run.phases for c in phase.components), *self.eval_components])
-        self.loss = functools.partial(run.loss, num_components=len(self.components))
+        self.loss = functools.partial(run.loss, num_components=len(self.components), **_asked_by_loss(run))
         self.batches = Curriculum(run.phases, run.total_steps, self._train_batches)
         self._held_out: dict[str, tuple[Batches, float]] = {}
         for component in self.eval_components:  # so that what is wrong with them is said before anything is compiled
@@ -157,7 +169,7 @@ class Feed:
             mixture,
             run.vocabulary,
             lengths=run.lengths,
-            layout=LAYOUTS[run.model],
+            layout=self._layout,
             batch_size=run.batch_size,
             seed=run.seed,
             packing=run.packing,
@@ -187,6 +199,17 @@ class Feed:
             batches = self._batches(alone, self._run.eval_split, epochs=1, room_for=trained)
             self._held_out[key] = batches, split.num_bytes / split.num_tokens
         return self._held_out[key]
+
+
+def _asked_by_loss(run: Run) -> dict[str, Any]:
+    """What the run's loss wants to know of the vocabulary. Raises UserError if model and loss do not go together."""
+    masks = "mask_id" in inspect.signature(run.loss).parameters
+    if masks != (run.model is DetectingEncoderDecoder):
+        raise UserError(
+            f"Run.model = {run.model.__name__} does not learn with Run.loss = {run.loss.__name__}; "
+            "@DetectingEncoderDecoder and @denoising_with_detection_loss go together, see gin/runs/ul2_rtd.gin."
+        )
+    return {"mask_id": run.vocabulary.mask_id} if masks else {}
 
 
 def _by_name(components: Sequence[Component]) -> list[Component]:

@@ -14,7 +14,7 @@ from t5x_domain.conversion.checkpoint import Checkpoint, SecondMoments
 from t5x_domain.conversion.formats import open_checkpoint
 from t5x_domain.conversion.layout import EMBEDDINGS, Leaf, leaves
 from t5x_domain.conversion.placing import place
-from t5x_domain.conversion.rtd import discriminator
+from t5x_domain.conversion.rtd import as_begin_of
 from t5x_domain.errors import UserError
 from t5x_domain.models.config import ModelConfig
 from t5x_domain.models.names import path_name
@@ -98,7 +98,7 @@ def restore_params(
       UserError: another vocabulary without `init_embedding`; nothing that fits; or, if strict, anything that does not.
     """
     if blueprint.model_class is not checkpoint.model:
-        checkpoint = discriminator(checkpoint)
+        checkpoint = as_begin_of(checkpoint, blueprint.model_class, blueprint.config)
     chosen, left = [], []
     for leaf in leaves(blueprint.model_class, blueprint.config):
         (chosen if any(re.search(pattern, leaf.name) for pattern in include) else left).append(leaf)

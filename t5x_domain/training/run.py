@@ -22,7 +22,7 @@ from t5x_domain.parallel.mesh import MeshShape
 from t5x_domain.training.checkpoint import Retention
 from t5x_domain.training.optimizer import Updates
 
-_LOSSES = ("language_model_loss", "replaced_token_detection_loss")
+_LOSSES = ("language_model_loss", "replaced_token_detection_loss", "denoising_with_detection_loss")
 
 
 @gin.configurable
@@ -130,7 +130,7 @@ class Run:
             "Updates.optimizer": repr(self.updates.optimizer),
             "Updates.groups": self.updates.groups and {p: repr(g.optimizer) for p, g in self.updates.groups.items()},
             "Updates.freeze": list(self.updates.freeze),
-            **{f"{name} bindings": gin.get_bindings(name) for name in ("Batches", *_LOSSES)},
+            **{f"{name} bindings": _bindings(name) for name in ("Batches", *_LOSSES)},
         }
         return json.loads(json.dumps(described, default=repr))
 
@@ -169,6 +169,11 @@ class Run:
                 f"Run.run_dir = {self.run_dir}: {error.strerror}; set --gin.RUN_DIR to a folder you may write."
             ) from error
         return folder
+
+
+def _bindings(name: str) -> dict[str, Any]:
+    """Of a schedule only that it is one: like the learning rate's, it may be changed while a run stands still."""
+    return {key: "a schedule" if callable(value) else value for key, value in gin.get_bindings(name).items()}
 
 
 def _has_begun(folder: Path) -> bool:

@@ -29,7 +29,7 @@ def make_train_step(
       blueprint: the model and its mesh.
       loss: (model, batch, rng) -> (sum to differentiate, sums to report with `weight` among them). The gradient
         is that of the sum over the whole batch divided by `weight`, however many parts it is computed in. Each part
-        brings the sums of the whole batch's weights, see `objectives.losses.total`.
+        brings the sums of the whole batch's weights, see `objectives.losses.total`, and `step`, the updates so far.
       transform: from `Updates.build`.
       seed: dropout at a step is a function of (seed, step).
       accumulation_steps: parts of the batch handled one after the other; divides the batch size.
@@ -45,12 +45,12 @@ def make_train_step(
 
         return jax.grad(objective, has_aux=True)(params)
 
-    def accumulated(params: Any, batch: Batch, rng: jax.Array) -> tuple[Any, dict[str, jax.Array]]:
+    def accumulated(params: Any, batch: Batch, step: jax.Array, rng: jax.Array) -> tuple[Any, dict[str, jax.Array]]:
         if accumulation_steps == 1:
-            return gradients(params, batch, rng)
+            return gradients(params, {**batch, "step": step}, rng)
         # Part i takes every n-th row, so that each device keeps the rows it has.
         parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, accumulation_steps, *x.shape[1:]), 1, 0), dict(batch))
-        totals = weight_totals(batch)
+        totals = weight_totals(batch) | {"step": step}
         total = jax.tree.map(
             lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
             jax.eval_shape(gradients, params, jax.tree.map(lambda x: x[0], parts) | totals, rng),
@@ -65,7 +65,7 @@ def make_train_step(
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         with use_mesh(blueprint.mesh):
             rng = jax.random.fold_in(jax.random.key(seed), state.step)
-            grads, sums = accumulated(state.params, batch, rng)
+            grads, sums = accumulated(state.params, batch, state.step, rng)
         weight = jnp.maximum(sums["weight"], 1.0)
         grads = jax.tree.map(lambda g: g / weight, grads)
         grad_norm = optax.tree.norm(grads)

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -14,7 +15,7 @@ from t5x_domain.errors import UserError
 from t5x_domain.models.assemblies import EncoderDecoder, EncoderOnly
 from t5x_domain.models.heads import head
 from t5x_domain.models.names import path_name
-from t5x_domain.models.rtd import ReplacedTokenDetection
+from t5x_domain.models.rtd import DetectingEncoderDecoder, ReplacedTokenDetection
 from t5x_domain.parallel.mesh import MeshShape
 from t5x_domain.training.initial import restore_params
 from t5x_domain.training.state import Blueprint
@@ -53,6 +54,20 @@ def test_the_encoder_computes_what_the_discriminator_did(sharing):
     assert bits(table.read((slice(3, 5),))) == bits(table.read()[3:5])
 
 
+@pytest.mark.parametrize(("sharing", "tie"), [("none", False), ("tied", True), ("gdes", False), ("gdes", True)])
+def test_the_encoder_decoder_computes_what_the_detector_did(sharing, tie):
+    config = dataclasses.replace(CONFIG, num_decoder_layers=2, rtd_embedding_sharing=sharing, tie_embeddings=tie)
+    checkpoint = random_checkpoint(DetectingEncoderDecoder, config)
+    remaining = discriminator(checkpoint).checked()
+    assert remaining.model is EncoderDecoder
+    unset = {"rtd_generator_layers": None, "rtd_embedding_sharing": "gdes"}
+    assert remaining.config == dataclasses.replace(config, **unset)
+    tokens = np.random.default_rng(0).integers(1, SHAPE["vocab_size"], (2, 2, 6)).astype(np.int32)
+    models = [restored(c, c.model, c.config) for c in (checkpoint, remaining)]
+    outputs = [np.asarray(jax.jit(lambda model=model: model.logits(model(*tokens)))()) for model in models]
+    np.testing.assert_array_equal(*outputs)
+
+
 def test_nothing_of_the_pretraining_remains():
     checkpoint = dataclasses.replace(trained("gdes"), second_moments=SecondMoments(1, {}), facts={"step": 7})
     encoder = discriminator(checkpoint)
@@ -68,6 +83,17 @@ def test_a_head_takes_the_encoder():
     headed = restored(checkpoint, head("tagging", num_labels=3), CONFIG, strict=False)
     wanted = discriminator(checkpoint).tensors["embedding/embedding"].read()
     np.testing.assert_array_equal(headed.embedding.embedding[...], wanted)
+
+
+@pytest.mark.parametrize("sharing", SHARINGS)
+def test_a_detector_begins_with_the_table_of_a_finished_model(sharing):
+    config = dataclasses.replace(CONFIG, num_decoder_layers=2, rtd_embedding_sharing=sharing)
+    finished = random_checkpoint(EncoderDecoder, config)
+    model = restored(finished, DetectingEncoderDecoder, config, strict=False)
+    np.testing.assert_array_equal(model.table, finished.tensors["embedding/embedding"].read())
+    for name in ("encoder/norm/scale", "embedding/output"):
+        part = functools.reduce(getattr, name.split("/"), model)
+        np.testing.assert_array_equal(part[...], finished.tensors[name].read())
 
 
 @pytest.mark.parametrize("sharing", SHARINGS)

@@ -13,7 +13,7 @@ from t5x_domain.conversion.placing import place
 from t5x_domain.conversion.tensors import Tensor
 from t5x_domain.models.assemblies import DecoderOnly, EncoderDecoder, EncoderOnly
 from t5x_domain.models.config import ModelConfig
-from t5x_domain.models.rtd import ReplacedTokenDetection
+from t5x_domain.models.rtd import DetectingEncoderDecoder, ReplacedTokenDetection
 
 PATTERN = ModelConfig(
     **SHAPE,
@@ -37,6 +37,10 @@ MODELS = {
         dataclasses.replace(
             CONFIG, num_encoder_layers=5, layer_pattern=("local", "global"), rtd_generator_layers=3, embedding_dim=4
         ),
+    ),
+    "generator beside an encoder-decoder": (
+        DetectingEncoderDecoder,
+        dataclasses.replace(CONFIG, rtd_generator_layers=1, rtd_embedding_sharing="tied", tie_embeddings=True),
     ),
 }
 
@@ -124,7 +128,7 @@ def test_scanned_and_unrolled_models_with_the_same_values_compute_the_same(name)
             leaf = by_path["/".join(map(str, path))]
             value = place(leaf, tensors, jax.ShapeDtypeStruct(leaf.shape, np.float32, sharding=here))
             nnx.update(built, nnx.from_flat_state([(path, param.replace(value))]))
-        return np.asarray(nnx.jit(lambda m: m(*[tokens] * (1 + (model is EncoderDecoder))))(built))
+        return np.asarray(nnx.jit(lambda m: m(*[tokens] * (1 + issubclass(model, EncoderDecoder))))(built))
 
     scanned, unrolled = outputs(True), outputs(False)
     np.testing.assert_allclose(scanned, unrolled, rtol=0, atol=1e-5)

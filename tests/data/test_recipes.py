@@ -288,3 +288,82 @@ def test_replaced_token_detection_on_eight_devices(two_corpora, monkeypatch, cap
         np.testing.assert_array_equal(exported.tensors[name].read(), tensor.read(), err_msg=name)
     card = (tmp_path / "hf" / "README.md").read_text()
     assert "| corpus | binary cross-entropy | targets guessed right |" in card and "| layers | 1 encoder |" in card
+
+
+def test_ul2_with_detection_on_eight_devices(two_corpora, monkeypatch, tmp_path):
+    """Stopped after 3 of 6 steps it ends to the bit as if it was not; what it leaves is an encoder-decoder."""
+    import jax
+
+    from t5x_domain.conversion.native import open_native
+    from t5x_domain.data.preparation import prepare
+    from t5x_domain.inference.opened import open_model
+    from t5x_domain.models.assemblies import EncoderDecoder
+    from t5x_domain.models.rtd import DetectingEncoderDecoder
+    from t5x_domain.training import loop
+    from t5x_domain.training.run import Run
+
+    files = ["models/tiny", "mixtures/sample", "runs/ul2_rtd"]
+    settings = [
+        "MeshShape.data = 1",
+        "MeshShape.fsdp = 8",
+        "TRAIN_STEPS = 6",
+        "Run.log_every = 1",
+        "rsqrt.warmup_steps = 100",
+        "DENOISERS = 't5'",
+        "detection/schedule.constant.warmup_steps = 4",
+        "mixture_of_denoisers.metadata = @Metadata()",
+        "Metadata.templates = ('Source: {source} ',)",
+    ]
+    cli.load_gin([f"gin/{file}.gin" for file in files], [*two_corpora, *settings])
+    cli.build(prepare)
+    run = dataclasses.replace(cli.build(Run), export_on_finish=str(tmp_path / "hf"))
+    assert run.model is DetectingEncoderDecoder
+    assert loop.train(run) == 0
+    stopped = dataclasses.replace(run, run_dir=f"{run.run_dir}-stopped", export_on_finish=None)
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "PreemptionNotice", lambda: Notice(3))
+        assert loop.train(stopped) == loop.EXIT_PREEMPTED
+    assert loop.train(stopped) == 0
+    ours, again = (open_native(folder) for folder in (run.run_dir, stopped.run_dir))
+    for name, tensor in ours.tensors.items():
+        np.testing.assert_array_equal(again.tensors[name].read(), tensor.read(), err_msg=name)
+    scores = json.loads((Path(run.run_dir) / "eval.json").read_text())
+    for corpus in ("biomedical", "general"):
+        before, after = (scores[when][corpus] for when in ("before", "after"))
+        assert after["perplexity"] < before["perplexity"] and after["generator_loss"] < before["generator_loss"]
+        assert after["detection_loss"] < before["detection_loss"] and after["without_room"] == 0
+    # The schedule is in the loss: at the first step its weight is 0, so it is the decoder's, a mean over its corpora.
+    lines = [json.loads(line) for line in (Path(run.run_dir) / "metrics.jsonl").read_text().splitlines()]
+    assert min(lines[0]["corpus_loss"].values()) <= lines[0]["loss"] <= max(lines[0]["corpus_loss"].values()) + 0.1
+    assert lines[5]["loss"] > max(lines[5]["corpus_loss"].values()) + 1
+    ours, exported = open_model(run.run_dir), open_model(str(tmp_path / "hf"))
+    assert ours.blueprint.model_class is exported.blueprint.model_class is EncoderDecoder
+    tokens = np.random.default_rng(0).integers(3, 259, (2, 2, 8)).astype(np.int32)
+
+    def logits(plan, params):
+        def of(params):
+            model = plan.merge(params)
+            return model.logits(model(*tokens))
+
+        return np.asarray(jax.jit(of)(params))
+
+    wanted = logits(ours.blueprint, ours.params)
+    np.testing.assert_array_equal(logits(exported.blueprint, exported.params), wanted)
+
+
+@pytest.mark.parametrize(
+    ("model", "loss"),
+    [("EncoderDecoder", "denoising_with_detection_loss"), ("DetectingEncoderDecoder", "language_model_loss")],
+)
+def test_model_and_loss_that_do_not_go_together(two_corpora, model, loss):
+    from t5x_domain.data.preparation import prepare
+    from t5x_domain.training import loop
+    from t5x_domain.training.run import Run
+
+    settings = [*two_corpora, f"MODEL = @{model}", f"Run.loss = @{loss}"]
+    cli.load_gin([f"gin/{file}.gin" for file in ("models/tiny", "mixtures/sample", "runs/ul2_rtd")], settings)
+    cli.build(prepare)
+    with pytest.raises(
+        UserError, match=f"Run.model = {model} does not learn with Run.loss = {loss}; @Detecting.* go t"
+    ):
+        loop.train(cli.build(Run))

@@ -116,6 +116,21 @@ def test_says_what_was_learned(run_dir):
     assert "Run.batch_size = 128" in text
 
 
+def test_binary_decisions_are_shown_by_their_cross_entropy(tmp_path):
+    """A discriminator has no perplexity; the page says what it has, in the headline, the table and the figure."""
+    score = lambda loss, accuracy: {"loss": loss, "accuracy": accuracy, "targets": 512}  # noqa: E731
+    folder = make_run(
+        tmp_path / "rtd", {"law": score(0.6931, 0.5)}, {"law": score(0.25, 0.9)}, [logged(9, {"law": 0.3})]
+    )
+    page = write_report(folder).read_text()
+    text = text_of(page)
+    assert "In 9 updates, held-out binary cross-entropy went from 0.69 to 0.25 on law." in text
+    assert "Corpus Binary cross-entropy Accuracy".replace(" ", "") in text.replace(" ", "")
+    assert "law 512 targets0.69 → 0.2550.0% → 90.0%" in text
+    assert "erplexity" not in text
+    assert svgs(page)[1].get("aria-label").startswith("Held-out binary cross-entropy:")
+
+
 def test_shows_blanks_as_written_and_the_original_beside_what_differs(run_dir):
     page = write_report(run_dir, filled=[FILLED]).read_text()
     assert "forwards a <mark class='same'>packet</mark> to the " in page

@@ -137,7 +137,7 @@ def test_logits_are_those_of_the_chunked_loss(options):
     hidden, targets = model(tokens(2, 6)), tokens(2, 6, seed=1)
     _, scores = cross_entropy(
         hidden,
-        model.embedding.output_kernel,
+        model.output_kernel,
         targets,
         jnp.ones((2, 6)),
         logit_scale=model.logit_scale,
