@@ -16,7 +16,10 @@ from t5x_domain.models.config import GLOBAL, ModelConfig
 from t5x_domain.models.names import path_name
 
 # What an encoder and the decoder that reads it may each have of their own. The rest is both's: one ModelConfig.
-_OF_THE_ENCODER = ("num_encoder_layers", "layer_pattern", "local_window", "dropout_rate")
+_OF_THE_ENCODER = (
+    *("num_encoder_layers", "layer_pattern", "local_window", "dropout_rate"),
+    *("global_tokens", "global_blocks", "global_block_size"),
+)
 _OF_THE_DECODER = (
     "num_decoder_layers",
     "decoder_layer_pattern",
