@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from t5x_domain import cli
+from t5x_domain import cli, demo
+from t5x_domain.evaluation.perplexity import BINARY, PERPLEXITY
 
 STEPS = 400
 CONTROL = """
@@ -87,6 +88,17 @@ def test_the_control_does_not(tmp_path):
     summary, _ = run_demo(tmp_path / "control", f"--gin_file={control}")
     for fall in falls(summary).values():
         assert 10 < fall < FACTOR
+
+
+def test_the_summary_shows_the_measure_that_the_run_has(capsys):
+    """A discriminator has a binary cross-entropy, everything else a perplexity."""
+    for scores, measure, shown in (
+        ({"loss": 0.25, "accuracy": 0.9}, BINARY, "0.2500 -> 0.2500   (90% of"),
+        ({"loss": 7.0, "perplexity": 1096.6, "accuracy": 0.5}, PERPLEXITY, "1,096.6 -> 1,096.6   (50% of"),
+    ):
+        summary = {"before": {"step": 0, "law": scores}, "after": {"step": 9, "law": scores}}
+        demo._print_summary(Path("runs/demo"), summary, measure)
+        assert shown in capsys.readouterr().out
 
 
 def test_every_verb_has_its_module():

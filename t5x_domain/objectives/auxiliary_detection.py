@@ -61,14 +61,14 @@ def denoising_with_detection_loss(
       and `detection_accuracy` among them.
 
     Raises:
-      UserError: another model, a negative weight, or a share that is none.
+      UserError: another model, a negative weight, a share or a temperature out of range.
     """
     if not isinstance(model, DetectingEncoderDecoder):
         raise UserError(
             f"{type(model).__name__} has no generator to replace tokens and no head to detect them beside a decoder; "
             "set MODEL = @DetectingEncoderDecoder for the loss @denoising_with_detection_loss."
         )
-    _require_settings(weight, detection_weight, share)
+    _require_weights(weight=weight, detection_weight=detection_weight)
     value, sums = language_model_loss(model, batch, rng, num_components=num_components)
     # The model's own call has split `rng` into two keys, which are what fold_in(rng, 0) and fold_in(rng, 1) are.
     own = None if rng is None else jax.random.fold_in(rng, 2)
@@ -123,9 +123,7 @@ def choose(key: jax.Array, text: jax.Array, share: float) -> jax.Array:
     return rank < count[:, None]
 
 
-def _require_settings(weight: Any, detection_weight: float, share: float) -> None:
-    for name, value in (("weight", weight), ("detection_weight", detection_weight)):
+def _require_weights(**weights: Any) -> None:
+    for name, value in weights.items():
         if isinstance(value, (int, float)) and value < 0:
             raise UserError(f"denoising_with_detection_loss.{name} = {value}: it must be 0 or more.")
-    if not 0 < share <= 1:
-        raise UserError(f"denoising_with_detection_loss.share = {share}: it must be above 0 and at most 1.")

@@ -123,8 +123,8 @@ def detection(
     """
     if temperature <= 0 or not 0 < max_share <= 1:
         raise UserError(
-            f"replaced_token_detection_loss.temperature = {temperature}, .max_share = {max_share}: the temperature "
-            "must be above 0, the share above 0 and at most 1."
+            f"replaced-token detection with temperature = {temperature} and a share of {max_share}: set the loss's "
+            "temperature above 0, its share (or max_share) above 0 and at most 1."
         )
     generator_rng, detection_rng = (None, None) if rng is None else jax.random.split(rng)
     chosen = Chosen.of(batch, max_share)

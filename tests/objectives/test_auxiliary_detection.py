@@ -252,13 +252,14 @@ def test_what_is_chosen_does_not_depend_on_the_mesh():
     [
         ({"weight": -1.0}, r"denoising_with_detection_loss\.weight = -1\.0: it must be 0 or more"),
         ({"detection_weight": -2.0}, r"detection_weight = -2\.0: it must be 0 or more"),
-        ({"share": 0.0}, r"share = 0\.0: it must be above 0 and at most 1"),
+        ({"share": 0.0}, r"a share of 0\.0: set .* its share \(or max_share\) above 0 and at most 1"),
+        ({"temperature": 0.0}, r"temperature = 0\.0 .* temperature above 0"),
     ],
 )
 def test_settings_out_of_range(options, named):
     plan = blueprint(model=DetectingEncoderDecoder, config=CONFIG)
     with pytest.raises(UserError, match=named):
-        BOTH(plan.merge(plan.shapes), rows_of(), None, **options)
+        jax.eval_shape(lambda params: BOTH(plan.merge(params), rows_of(), None, **options), plan.shapes)
 
 
 @pytest.mark.parametrize("model", [DecoderOnly, EncoderDecoder])
