@@ -16,9 +16,9 @@ from t5x_domain.kernels.mask import BIDIRECTIONAL, CAUSAL, Mask, SegmentIds
 from t5x_domain.kernels.relative_bias import Alibi, RelativeBias
 
 
-def chunked(size):
-    """Attention that takes so many queries at once."""
-    return kernel_call(lambda q, k, bias, **options: XlaAttention(chunk_size=size, **options))
+def chunked(queries, keys=None):
+    """Attention that takes so many queries and keys at once."""
+    return kernel_call(lambda q, k, bias, **options: XlaAttention(chunk_size=queries, block_size=keys, **options))
 
 
 @st.composite
@@ -54,10 +54,15 @@ def cases(draw):
 
 
 @settings(max_examples=examples(25), deadline=None)
-@given(case=cases(), chunk_size=st.sampled_from((1, 4, 7, 64)), dtype=st.sampled_from(("float32", "float64")))
-def test_output_and_gradients_equal_the_dense_reference(case, chunk_size, dtype):
+@given(
+    case=cases(),
+    chunk_size=st.sampled_from((1, 4, 7, 64)),
+    block_size=st.sampled_from((1, 3, 8, 64)),
+    dtype=st.sampled_from(("float32", "float64")),
+)
+def test_output_and_gradients_equal_the_dense_reference(case, chunk_size, block_size, dtype):
     with jax.enable_x64(dtype == "float64"):
-        check(case, dtype, chunked(chunk_size))
+        check(case, dtype, chunked(chunk_size, block_size))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
