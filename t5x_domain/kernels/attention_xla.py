@@ -2,23 +2,23 @@
 
 Queries are taken a chunk at a time, keys a block at a time with an online softmax, and the backward pass recomputes the
 probabilities from their log-sum-exp (Dao et al. 2022, "FlashAttention", section 3.1), so neither direction stores an
-array of queries times keys, and the gradient of the bias table is summed along diagonals on the way. Blocks of keys that no
-query of a chunk sees are left out: behind a window, the time grows with the length and not with its square.
+array of queries times keys, and the gradient of the bias table is summed along diagonals on the way. Blocks that no
+query of a chunk sees are left out: with a window, time grows with the length and not with its square.
 """
 
 import dataclasses
 import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from t5x_domain.kernels.attention_kernel import EMPTY, Place
+from t5x_domain.kernels.attention_tiles import Tile, fold_tiles
 from t5x_domain.kernels.barrier import computed_once
 from t5x_domain.kernels.device import platform
 from t5x_domain.kernels.mask import KeyIntervals
 from t5x_domain.kernels.precision import accumulator
-from t5x_domain.kernels.relative_bias import Bias, RelativeBias, diagonals, toeplitz, toeplitz_transpose
+from t5x_domain.kernels.relative_bias import Bias, RelativeBias, diagonals, toeplitz_transpose
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,8 +29,8 @@ class XlaAttention:
       scale: factor of the logits.
       softcap: of the logits; None for none.
       exact: results stay in the dtype of sums, as others will be added to them.
-      chunk_size: queries handled at once. By default 64 on a CPU, whose cache then holds the logits, else 1024.
-      block_size: keys handled at once, likewise. By default 512 on a CPU, else 1024.
+      chunk_size: queries handled at once, see `_sizes` for the default.
+      block_size: keys handled at once, likewise.
     """
 
     scale: float = 1.0
@@ -46,7 +46,7 @@ class XlaAttention:
         self, q: jax.Array, k: jax.Array, v: jax.Array, bias: Bias | None, place: Place
     ) -> tuple[jax.Array, jax.Array]:
         """See `AttentionKernel.forward`."""
-        length, chunk, block = q.shape[1], self._chunk(q.shape[1]), self._block(k.shape[1])
+        length, (chunk, block) = q.shape[1], self._sizes(q.shape[1], k.shape[1])
         padding = -length % chunk
         diagonal = _diagonal(bias, length + padding, k.shape[1], place.shift)
         dtype, exact = accumulator(q.dtype) if self.exact else q.dtype, accumulator(q.dtype)
@@ -68,7 +68,7 @@ class XlaAttention:
                 return out * shrink[..., None] + here, total * shrink + probabilities.sum(axis=-1), larger
 
             nothing = jnp.zeros(q.shape, exact), jnp.zeros(q.shape[:-1], exact), jnp.full(q.shape[:-1], EMPTY, exact)
-            out, total, largest = _fold(visit, nothing, _Tile(index * chunk, chunk, block, k.shape[2]), rows)
+            out, total, largest = fold_tiles(visit, nothing, Tile(index * chunk, chunk, block, k.shape[2]), rows)
             seen = _seen(rows)
             out = out * jnp.where(seen, 1.0 / total, 0.0)[..., None]
             return None, (out.astype(dtype), jnp.where(seen, largest + jnp.log(total), EMPTY))
@@ -90,7 +90,7 @@ class XlaAttention:
         d_out: jax.Array,
     ) -> tuple[jax.Array, jax.Array, jax.Array, Bias | None]:
         """See `AttentionKernel.backward`."""
-        length, chunk, block = q.shape[1], self._chunk(q.shape[1]), self._block(k.shape[1])
+        length, (chunk, block) = q.shape[1], self._sizes(q.shape[1], k.shape[1])
         padding = -length % chunk
         shape = length + padding, k.shape[1]
         diagonal, to_bias = jax.vjp(lambda bias: _diagonal(bias, *shape, place.shift), bias)
@@ -121,8 +121,8 @@ class XlaAttention:
                 dk = _add(dk, _product("bkgcs,bkgcd->bksd", ds, q), tile.first_key, 2)
                 return dq + _product("bkgcs,bksd->bkgcd", ds, keys), dk, dv, d_diagonal
 
-            tile = _Tile(index * chunk, chunk, block, k.shape[2])
-            dq, *carry = _fold(visit, (zeros(q), *carry), tile, rows)
+            tile = Tile(index * chunk, chunk, block, k.shape[2])
+            dq, *carry = fold_tiles(visit, (zeros(q), *carry), tile, rows)
             return tuple(carry), dq if self.exact else dq.astype(q.dtype)
 
         zeros = lambda a: jnp.zeros(a.shape, exact)  # noqa: E731
@@ -135,11 +135,10 @@ class XlaAttention:
         )
         return _queries_first(_join(dq, 3))[:, :length], dk, dv, d_bias
 
-    def _chunk(self, length):
-        return _equal_parts(length, self.chunk_size or (64 if platform() == "cpu" else 1024))
-
-    def _block(self, length):
-        return _equal_parts(length, self.block_size or (512 if platform() == "cpu" else 1024))
+    def _sizes(self, queries, keys):
+        """Queries of a chunk and keys of a block, at most: on a CPU so few that its cache holds their logits."""
+        chunk, block = (1024, 1024) if platform() != "cpu" else (128, 128) if keys > 256 else (64, 256)
+        return _equal_parts(queries, self.chunk_size or chunk), _equal_parts(keys, self.block_size or block)
 
     def _logits(self, q, k, bias, visible):
         """Masked logits [B, Hk, G, C, K] of one tile and the soft cap's derivative (1.0 without one)."""
@@ -152,90 +151,7 @@ class XlaAttention:
         if self.softcap is not None:
             capped = jnp.tanh(logits / self.softcap)
             logits, slope = capped * self.softcap, 1.0 - capped**2
-        return logits if visible is None else jnp.where(visible[:, None, None], logits, EMPTY), slope
-
-
-class _Tile(NamedTuple):
-    """A chunk of queries and a block of keys.
-
-    Attributes:
-      first_query: position of the first.
-      num_queries: of the chunk.
-      num_keys: of the block.
-      all_keys: how many there are to cut blocks of.
-      start: position of the first key to see; the last block takes keys before it, too, to be as long as the others.
-    """
-
-    first_query: jax.Array
-    num_queries: int
-    num_keys: int
-    all_keys: int
-    start: jax.Array | int = 0
-
-    @property
-    def first_key(self):
-        return jnp.minimum(self.start, self.all_keys - self.num_keys)
-
-    def keys(self, a):
-        return jax.lax.dynamic_slice_in_dim(a, self.first_key, self.num_keys, 2)
-
-    def first_diagonal(self, diagonal):
-        """Of those that cross the tile."""
-        return diagonal.shape[1] - self.all_keys + self.first_key - self.first_query - self.num_queries + 1
-
-    def bias(self, diagonal):
-        """[H, C, K], None without."""
-        if diagonal is None:
-            return None
-        size = self.num_queries + self.num_keys - 1
-        here = jax.lax.dynamic_slice_in_dim(diagonal, self.first_diagonal(diagonal), size, 1)
-        # Once, not again for each row of the batch.
-        return computed_once(toeplitz(here, self.num_queries))
-
-    def visible(self, intervals):
-        """[B or 1, C, K] bool, None if all are."""
-        column = self.first_key + jnp.arange(self.num_keys)
-        between = lambda start, stop: (column >= start[..., None]) & (column < stop[..., None])  # noqa: E731
-        new = None if self.num_keys == self.all_keys else (column >= self.start)[None, None]
-        if intervals is None:
-            return new
-        visible = between(intervals.start, intervals.stop)
-        if intervals.global_start is not None:
-            visible |= between(intervals.global_start, intervals.global_stop)
-        return visible if new is None else visible & new
-
-
-def _fold(visit, carry, tile, intervals):
-    """`carry = visit(tile, carry)` for blocks of keys from left to right, but those that no query of the chunk sees."""
-    if tile.num_keys == tile.all_keys:
-        return visit(tile, carry)
-    start, gap, resume, stop = _spans(intervals, tile.all_keys)
-
-    def body(state):
-        start, carry = state
-        after = start + tile.num_keys
-        return jnp.where(after < gap, after, jnp.maximum(after, resume)), visit(tile._replace(start=start), carry)
-
-    return jax.lax.while_loop(lambda state: state[0] < stop, body, (start, carry))[1]
-
-
-def _spans(intervals, length):
-    """Scalars: the queries see keys from the first to the second and from the third to the fourth at most."""
-    if intervals is None:
-        return jnp.int32(0), jnp.int32(length), jnp.int32(0), jnp.int32(length)
-
-    def hull(start, stop):
-        return jnp.where(start < stop, start, length).min(), jnp.where(start < stop, stop, 0).max()
-
-    near = hull(intervals.start, intervals.stop)
-    if intervals.global_start is None:
-        return *near, *near
-    far = hull(intervals.global_start, intervals.global_stop)
-    ordered = near[0] <= far[0]
-    (start, gap), (resume, stop) = (
-        tuple(jnp.where(ordered, a, b) for a, b in zip(*pair, strict=True)) for pair in ((near, far), (far, near))
-    )
-    return start, gap, resume, jnp.maximum(gap, stop)
+        return jnp.where(visible[:, None, None], logits, EMPTY), slope
 
 
 # Inside, heads stand before positions and are grouped by the key head they share: [B, Hk, G, S, D].

@@ -105,6 +105,40 @@ def test_large_logits_do_not_overflow():
     assert np.isfinite(out).all()
 
 
+def test_keys_far_from_a_window_are_not_touched():
+    """A NaN in a key or value that a tile holds would reach its outputs and gradients, because 0 times NaN is NaN."""
+    rng = np.random.default_rng(6)
+    case = make(rng, queries=64, keys=64, mask=Mask(window=(4, 4)))
+    inputs = [jnp.float32(a) for a in (case.q, case.k, case.v)]
+    table, d_out = (jnp.float32(a) for a in (rng.standard_normal((8, 4)), case.d_out))
+    far = jnp.arange(64)[:, None, None] >= 48
+
+    @jax.jit
+    def run(q, k, v):
+        out, pull = jax.vjp(lambda *inputs: case.call(*inputs, table, chunked(8, 16)), q, k, v)
+        return [a[:, :32] for a in (out, *pull(d_out))]
+
+    clean, poisoned = run(*inputs), run(inputs[0], *(jnp.where(far, jnp.nan, a) for a in inputs[1:]))
+    for expected, actual in zip(clean, poisoned, strict=True):
+        np.testing.assert_array_equal(actual, expected)
+
+
+def test_rows_that_are_mapped_over():
+    """Each then needs tiles of its own."""
+    rng = np.random.default_rng(8)
+    ids = segments(rng, 2, 40, 2)
+    case = make(rng, mask=Mask(window=(5, 2), global_tokens=1), query_ids=ids, key_ids=ids)
+
+    def row_by_row(*arrays, segment_ids, **options):
+        def one(arrays, ids):
+            arrays, ids = jax.tree.map(lambda a: a[None], (arrays, ids))
+            return chunked(7, 8)(*arrays, segment_ids=ids, **options)[0]
+
+        return jax.vmap(one)(arrays, segment_ids)
+
+    check(case, attend=row_by_row)
+
+
 @pytest.mark.parametrize("with_gradient", [False, True])
 def test_no_array_of_queries_times_keys(with_gradient):
     queries, keys = 96, 80
