@@ -1,8 +1,9 @@
 """Attention in plain JAX, for any device.
 
-Queries are taken a chunk at a time and the backward pass recomputes the probabilities from their log-sum-exp
-(Dao et al. 2022, "FlashAttention", section 3.1), so neither direction stores an array of queries times keys, and the
-gradient of the bias table is summed along diagonals on the way.
+Queries are taken a chunk at a time, keys a block at a time with an online softmax, and the backward pass recomputes the
+probabilities from their log-sum-exp (Dao et al. 2022, "FlashAttention", section 3.1), so neither direction stores an
+array of queries times keys, and the gradient of the bias table is summed along diagonals on the way. Blocks that no
+query of a chunk sees are left out: with a window, time grows with the length and not with its square.
 """
 
 import dataclasses
@@ -12,11 +13,12 @@ import jax
 import jax.numpy as jnp
 
 from t5x_domain.kernels.attention_kernel import EMPTY, Place
+from t5x_domain.kernels.attention_tiles import Tile, fold_tiles
 from t5x_domain.kernels.barrier import computed_once
 from t5x_domain.kernels.device import platform
 from t5x_domain.kernels.mask import KeyIntervals
 from t5x_domain.kernels.precision import accumulator
-from t5x_domain.kernels.relative_bias import Bias, RelativeBias, diagonals, toeplitz, toeplitz_transpose
+from t5x_domain.kernels.relative_bias import Bias, RelativeBias, diagonals, toeplitz_transpose
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,38 +29,49 @@ class XlaAttention:
       scale: factor of the logits.
       softcap: of the logits; None for none.
       exact: results stay in the dtype of sums, as others will be added to them.
-      chunk_size: queries handled at once. By default 64 on a CPU, whose cache then holds the logits, else 1024.
+      chunk_size: queries handled at once, see `_sizes` for the default.
+      block_size: keys handled at once, likewise.
     """
 
     scale: float = 1.0
     softcap: float | None = None
     exact: bool = False
     chunk_size: int | None = None
+    block_size: int | None = None
 
     def maps(self, intervals: KeyIntervals | None, shift: jax.Array) -> None:
-        """Nothing: what is masked is computed all the same."""
+        """Nothing: the intervals say which blocks to visit."""
 
     def forward(
         self, q: jax.Array, k: jax.Array, v: jax.Array, bias: Bias | None, place: Place
     ) -> tuple[jax.Array, jax.Array]:
         """See `AttentionKernel.forward`."""
-        length, chunk = q.shape[1], self._chunk(q.shape[1])
+        length, (chunk, block) = q.shape[1], self._sizes(q.shape[1], k.shape[1])
         padding = -length % chunk
         diagonal = _diagonal(bias, length + padding, k.shape[1], place.shift)
-        dtype = accumulator(q.dtype) if self.exact else q.dtype
+        dtype, exact = accumulator(q.dtype) if self.exact else q.dtype, accumulator(q.dtype)
         intervals = _pad(_whole(place.intervals, q), padding)
         q, k, v = _heads_first(_pad(q, padding), k, v)
 
         def body(_, xs):
             index, q, rows = xs
-            logits, _ = self._logits(q, k, diagonal, index, rows)
-            largest = logits.max(axis=-1, keepdims=True)
-            # A row without keys has only EMPTY logits: exp(0) = 1 everywhere, so it is zeroed by its empty interval.
-            probabilities = jnp.exp(logits - largest)
-            total = probabilities.sum(axis=-1)
-            out = _product("bkgcs,bksd->bkgcd", probabilities.astype(v.dtype), v)
-            out = out * jnp.where(_seen(rows), 1.0 / total, 0.0)[..., None]
-            return None, (out.astype(dtype), largest[..., 0] + jnp.log(total))
+
+            def visit(tile, carry):
+                out, total, largest = carry
+                logits, _ = self._logits(q, tile.keys(k), tile.bias(diagonal), tile.visible(rows))
+                # A row that has seen no key has only EMPTY logits: exp(0) = 1 everywhere. Its first key wipes that out,
+                # or its empty interval does in the end.
+                larger = jnp.maximum(largest, logits.max(axis=-1))
+                probabilities = jnp.exp(logits - larger[..., None])
+                shrink = jnp.exp(largest - larger)
+                here = _product("bkgcs,bksd->bkgcd", probabilities.astype(v.dtype), tile.keys(v))
+                return out * shrink[..., None] + here, total * shrink + probabilities.sum(axis=-1), larger
+
+            nothing = jnp.zeros(q.shape, exact), jnp.zeros(q.shape[:-1], exact), jnp.full(q.shape[:-1], EMPTY, exact)
+            out, total, largest = fold_tiles(visit, nothing, Tile(index * chunk, chunk, block, k.shape[2]), rows)
+            seen = _seen(rows)
+            out = out * jnp.where(seen, 1.0 / total, 0.0)[..., None]
+            return None, (out.astype(dtype), jnp.where(seen, largest + jnp.log(total), EMPTY))
 
         chunks = (jnp.arange(q.shape[3] // chunk), _split(q, 3, chunk), _split(intervals, 1, chunk))
         _, (out, lse) = jax.lax.scan(body, None, chunks)
@@ -77,7 +90,7 @@ class XlaAttention:
         d_out: jax.Array,
     ) -> tuple[jax.Array, jax.Array, jax.Array, Bias | None]:
         """See `AttentionKernel.backward`."""
-        length, chunk = q.shape[1], self._chunk(q.shape[1])
+        length, (chunk, block) = q.shape[1], self._sizes(q.shape[1], k.shape[1])
         padding = -length % chunk
         shape = length + padding, k.shape[1]
         diagonal, to_bias = jax.vjp(lambda bias: _diagonal(bias, *shape, place.shift), bias)
@@ -90,23 +103,27 @@ class XlaAttention:
         q, k, v = _heads_first(_pad(q, padding), k, v)
 
         def body(carry, xs):
-            dk, dv, d_diagonal = carry
             index, q, rows, lse, delta, d_out = xs
-            logits, slope = self._logits(q, k, diagonal, index, rows)
-            probabilities = jnp.where(_seen(rows)[..., None], jnp.exp(logits - lse[..., None]), 0.0)
-            dp = _product("bkgcd,bksd->bkgcs", d_out, v)
-            # Once, not again for each of the three gradients made of it.
-            ds = computed_once(probabilities * (dp - delta[..., None]) * slope)
-            dv += _product("bkgcs,bkgcd->bksd", probabilities.astype(v.dtype), d_out)
-            if d_diagonal is not None:
-                block = ds.sum(axis=0).reshape(d_diagonal.shape[0], chunk, k.shape[2])
-                start, size = _diagonal_slice(d_diagonal, index, chunk, k.shape[2])
-                here = jax.lax.dynamic_slice_in_dim(d_diagonal, start, size, 1) + toeplitz_transpose(block)
-                d_diagonal = jax.lax.dynamic_update_slice_in_dim(d_diagonal, here, start, 1)
-            ds = (ds * self.scale if self.scale != 1.0 else ds).astype(k.dtype)
-            dk += _product("bkgcs,bkgcd->bksd", ds, q)
-            dq = _product("bkgcs,bksd->bkgcd", ds, k)
-            return (dk, dv, d_diagonal), dq if self.exact else dq.astype(q.dtype)
+
+            def visit(tile, carry):
+                dq, dk, dv, d_diagonal = carry
+                keys = tile.keys(k)
+                logits, slope = self._logits(q, keys, tile.bias(diagonal), tile.visible(rows))
+                probabilities = jnp.where(_seen(rows)[..., None], jnp.exp(logits - lse[..., None]), 0.0)
+                dp = _product("bkgcd,bksd->bkgcs", d_out, tile.keys(v))
+                # Once, not again for each of the three gradients made of it.
+                ds = computed_once(probabilities * (dp - delta[..., None]) * slope)
+                dv = _add(dv, _product("bkgcs,bkgcd->bksd", probabilities.astype(v.dtype), d_out), tile.first_key, 2)
+                if d_diagonal is not None:
+                    summed = toeplitz_transpose(ds.sum(axis=0).reshape(-1, chunk, block))
+                    d_diagonal = _add(d_diagonal, summed, tile.first_diagonal(d_diagonal), 1)
+                ds = (ds * self.scale if self.scale != 1.0 else ds).astype(k.dtype)
+                dk = _add(dk, _product("bkgcs,bkgcd->bksd", ds, q), tile.first_key, 2)
+                return dq + _product("bkgcs,bksd->bkgcd", ds, keys), dk, dv, d_diagonal
+
+            tile = Tile(index * chunk, chunk, block, k.shape[2])
+            dq, *carry = fold_tiles(visit, (zeros(q), *carry), tile, rows)
+            return tuple(carry), dq if self.exact else dq.astype(q.dtype)
 
         zeros = lambda a: jnp.zeros(a.shape, exact)  # noqa: E731
         d_diagonal = zeros(diagonal) if isinstance(bias, RelativeBias) else None  # ALiBi learns nothing
@@ -118,26 +135,23 @@ class XlaAttention:
         )
         return _queries_first(_join(dq, 3))[:, :length], dk, dv, d_bias
 
-    def _chunk(self, length):
-        """Queries of a chunk, no larger than asked for: chunks of equal size, the least padding."""
-        chunks = math.ceil(length / (self.chunk_size or (64 if platform() == "cpu" else 1024)))
-        return math.ceil(length / chunks)
+    def _sizes(self, queries, keys):
+        """Queries of a chunk and keys of a block, at most: on a CPU so few that its cache holds their logits."""
+        chunk, block = (1024, 1024) if platform() != "cpu" else (128, 128) if keys > 256 else (64, 256)
+        return _equal_parts(queries, self.chunk_size or chunk), _equal_parts(keys, self.block_size or block)
 
-    def _logits(self, q, k, diagonal, index, intervals):
-        """Masked logits [B, Hk, G, C, Sk] of one chunk and the soft cap's derivative (1.0 without one)."""
-        chunk, key_length = q.shape[-2], k.shape[-2]
+    def _logits(self, q, k, bias, visible):
+        """Masked logits [B, Hk, G, C, K] of one tile and the soft cap's derivative (1.0 without one)."""
         logits = _product("bkgcd,bksd->bkgcs", q, k)
         if self.scale != 1.0:
             logits = logits * self.scale
-        if diagonal is not None:
-            logits = logits + _bias_chunk(diagonal, index, chunk, key_length).reshape(1, *logits.shape[1:])
+        if bias is not None:
+            logits = logits + bias.reshape(1, *logits.shape[1:])
         slope = 1.0
         if self.softcap is not None:
             capped = jnp.tanh(logits / self.softcap)
             logits, slope = capped * self.softcap, 1.0 - capped**2
-        if intervals is None:
-            return logits, slope
-        return jnp.where(_visible(intervals, key_length)[:, None, None], logits, EMPTY), slope
+        return jnp.where(visible[:, None, None], logits, EMPTY), slope
 
 
 # Inside, heads stand before positions and are grouped by the key head they share: [B, Hk, G, S, D].
@@ -161,26 +175,15 @@ def _seen(intervals):
     return jnp.ones((1, 1, 1, 1), bool) if intervals is None else intervals.nonempty()[:, None, None]
 
 
-def _visible(intervals, key_length):
-    """[B, C, Sk] bool."""
-    column = jnp.arange(key_length)
-    between = lambda start, stop: (column >= start[..., None]) & (column < stop[..., None])  # noqa: E731
-    visible = between(intervals.start, intervals.stop)
-    if intervals.global_start is None:
-        return visible
-    return visible | between(intervals.global_start, intervals.global_stop)
+def _add(total, part, start, axis):
+    """total[..., start : start + n, ...] += part."""
+    here = jax.lax.dynamic_slice_in_dim(total, start, part.shape[axis], axis) + part
+    return jax.lax.dynamic_update_slice_in_dim(total, here, start, axis)
 
 
-def _bias_chunk(diagonal, index, chunk, key_length):
-    start, size = _diagonal_slice(diagonal, index, chunk, key_length)
-    # Once, not again for each row of the batch.
-    return computed_once(toeplitz(jax.lax.dynamic_slice_in_dim(diagonal, start, size, 1), chunk))
-
-
-def _diagonal_slice(diagonal, index, chunk, key_length):
-    """Start and length of the diagonals that cross the `index`-th chunk of queries."""
-    last_query = index * chunk + chunk - 1
-    return diagonal.shape[1] - key_length - last_query, chunk + key_length - 1
+def _equal_parts(length, limit):
+    """Size of parts, at most `limit`, all alike: the least padding."""
+    return math.ceil(length / math.ceil(length / limit))
 
 
 def _pad(tree, padding, axis=1):

@@ -16,9 +16,9 @@ from t5x_domain.kernels.mask import BIDIRECTIONAL, CAUSAL, Mask, SegmentIds
 from t5x_domain.kernels.relative_bias import Alibi, RelativeBias
 
 
-def chunked(size):
-    """Attention that takes so many queries at once."""
-    return kernel_call(lambda q, k, bias, **options: XlaAttention(chunk_size=size, **options))
+def chunked(queries, keys=None):
+    """Attention that takes so many queries and keys at once."""
+    return kernel_call(lambda q, k, bias, **options: XlaAttention(chunk_size=queries, block_size=keys, **options))
 
 
 @st.composite
@@ -54,10 +54,15 @@ def cases(draw):
 
 
 @settings(max_examples=examples(25), deadline=None)
-@given(case=cases(), chunk_size=st.sampled_from((1, 4, 7, 64)), dtype=st.sampled_from(("float32", "float64")))
-def test_output_and_gradients_equal_the_dense_reference(case, chunk_size, dtype):
+@given(
+    case=cases(),
+    chunk_size=st.sampled_from((1, 4, 7, 64)),
+    block_size=st.sampled_from((1, 3, 8, 64)),
+    dtype=st.sampled_from(("float32", "float64")),
+)
+def test_output_and_gradients_equal_the_dense_reference(case, chunk_size, block_size, dtype):
     with jax.enable_x64(dtype == "float64"):
-        check(case, dtype, chunked(chunk_size))
+        check(case, dtype, chunked(chunk_size, block_size))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -98,6 +103,40 @@ def test_large_logits_do_not_overflow():
     case = make(np.random.default_rng(3), mask=CAUSAL)
     out = case.call(*(jnp.float32(100 * a) for a in (case.q, case.k, case.v)), None, chunked(16))
     assert np.isfinite(out).all()
+
+
+def test_keys_far_from_a_window_are_not_touched():
+    """A NaN in a key or value that a tile holds would reach its outputs and gradients, because 0 times NaN is NaN."""
+    rng = np.random.default_rng(6)
+    case = make(rng, queries=64, keys=64, mask=Mask(window=(4, 4)))
+    inputs = [jnp.float32(a) for a in (case.q, case.k, case.v)]
+    table, d_out = (jnp.float32(a) for a in (rng.standard_normal((8, 4)), case.d_out))
+    far = jnp.arange(64)[:, None, None] >= 48
+
+    @jax.jit
+    def run(q, k, v):
+        out, pull = jax.vjp(lambda *inputs: case.call(*inputs, table, chunked(8, 16)), q, k, v)
+        return [a[:, :32] for a in (out, *pull(d_out))]
+
+    clean, poisoned = run(*inputs), run(inputs[0], *(jnp.where(far, jnp.nan, a) for a in inputs[1:]))
+    for expected, actual in zip(clean, poisoned, strict=True):
+        np.testing.assert_array_equal(actual, expected)
+
+
+def test_rows_that_are_mapped_over():
+    """Each then needs tiles of its own."""
+    rng = np.random.default_rng(8)
+    ids = segments(rng, 2, 40, 2)
+    case = make(rng, mask=Mask(window=(5, 2), global_tokens=1), query_ids=ids, key_ids=ids)
+
+    def row_by_row(*arrays, segment_ids, **options):
+        def one(arrays, ids):
+            arrays, ids = jax.tree.map(lambda a: a[None], (arrays, ids))
+            return chunked(7, 8)(*arrays, segment_ids=ids, **options)[0]
+
+        return jax.vmap(one)(arrays, segment_ids)
+
+    check(case, attend=row_by_row)
 
 
 @pytest.mark.parametrize("with_gradient", [False, True])
