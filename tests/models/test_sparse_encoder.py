@@ -76,7 +76,8 @@ def test_transient_tokens_by_the_definition(options):
         run = nnx.jit(lambda layer, **inputs: layer(x, positions=jnp.asarray(POSITIONS)[None], **inputs))
         out = run(layer, plan=found, **tables)
         expected = by_the_definition(layer, x, *looked_up.values())
-        # Sums of at most 8 + 2 + 2 terms (a norm, logits, keys), and about 8 roundings more, one after the other.
+        # Sums one after the other of 8 terms (norm), 8 (projection), 4 (logit), 7 (keys) and 16 (output): 43 roundings,
+        # and some between them.
         np.testing.assert_allclose(out, expected, rtol=0, atol=64 * UNITS["float64"][0] * abs(expected).max())
 
 
