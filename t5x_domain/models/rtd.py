@@ -66,9 +66,10 @@ class ReplacedTokenDetection(EncoderOnly):
             "or MODEL = @EncoderOnly for masked language modelling."
         )
 
-    def embed(self, tokens: jax.Array) -> jax.Array:
-        """[B, S] int32 -> [B, S, embed_dim]."""
-        return constrain(self.embedding.look_up(self.table, tokens), "batch", "length", "embed_activation")
+    def embed(self, tokens: jax.Array, positions: jax.Array | None = None, rng: jax.Array | None = None) -> jax.Array:
+        """[B, S] int32 -> [B, S, embed_dim]; positions [B, S] and `rng` as of `Embedding`."""
+        x = self.embedding.look_up(self.table, tokens, positions, rng)
+        return constrain(x, "batch", "length", "embed_activation")
 
 
 class DetectionHead(nnx.Module):

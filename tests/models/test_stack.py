@@ -142,8 +142,8 @@ def test_every_layer_drops_something_else():
         patch.setattr("t5x_domain.models.layers.dropout", spy)
         unrolled = make(3, causal=True, scan_layers=False, dropout_rate=0.5)
         unrolled(**inputs(), rng=jax.random.key(0))
-    # Embedding, output, and in each of three layers: self-attention, cross-attention, inside and after the mlp.
-    assert len({tuple(jax.random.key_data(key).tolist()) for key in keys}) == len(keys) == 2 + 3 * 4
+    # Output, and in each of three layers: self-attention, cross-attention, inside and after the mlp.
+    assert len({tuple(jax.random.key_data(key).tolist()) for key in keys}) == len(keys) == 1 + 3 * 4
 
 
 @pytest.mark.parametrize("scan_layers", [True, False])
