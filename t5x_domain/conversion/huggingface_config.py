@@ -193,10 +193,11 @@ def write_config(model: type[LanguageModel], config: ModelConfig, *, dtype: str)
     if model is DecoderOnly:
         _refuse("Llama", _differences(config, _LLAMA_FIXED))
         return _llama_config(config) | _dtype(dtype)
-    problems = {"T5": _t5_problems(model, config)}
+    problems = {}
     if model is EncoderOnly:
-        problems["Electra"] = _differences(config, _ELECTRA_FIXED) + bert_problems(config)
         problems["Longformer"] = _differences(config, _LONGFORMER_FIXED, layers=LOCAL) + bert_problems(config)
+        problems["Electra"] = _differences(config, _ELECTRA_FIXED) + bert_problems(config)
+    problems["T5"] = _t5_problems(model, config)
     family = min(problems, key=lambda family: len(problems[family]))
     _refuse(family, problems[family], [other for other in problems if other != family])
     if family == "T5":
