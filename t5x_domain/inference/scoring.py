@@ -101,10 +101,9 @@ class Scorer:
 
     def _batch(self, inputs: Sequence[np.ndarray], targets: Sequence[np.ndarray]) -> dict[str, jax.Array]:
         longest = self._model.blueprint.config.longest
-        room = row_length(targets, longest)
-        if longest is not None and self._model.blueprint.model_class is DecoderOnly:
-            longest -= room  # inputs and targets are one row
-        lengths = {"inputs": row_length(inputs, longest), "targets": room}
+        is_joined = longest is not None and self._model.blueprint.model_class is DecoderOnly  # in one row
+        room = row_length(targets, longest - max(map(len, inputs)) if is_joined else longest)
+        lengths = {"inputs": row_length(inputs, longest - room if is_joined else longest), "targets": room}
         if self._model.reads_whole_inputs:
             rows = [[packing.Example(i, t, 0)] for i, t in zip(inputs, targets, strict=True)]
         else:  # a causal model reads them as what stands before
