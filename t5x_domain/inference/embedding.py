@@ -36,7 +36,11 @@ class Embedder:
         self._read = functools.partial(reader(model.blueprint), model.params)
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
-        """[n, embed_dim] float32 of length 1. Texts are read whole, however long, and closed by EOS."""
+        """[n, embed_dim] float32 of length 1. Texts are read whole, however long, and closed by EOS.
+
+        Raises:
+          UserError: a text is longer than the learned positions of the model.
+        """
         inputs = [self._model.inputs(text) for text in texts]
         config = self._model.blueprint.config
         vectors = np.zeros((len(inputs), config.embed_dim), np.float32)

@@ -19,6 +19,7 @@ from t5x_domain.models.rtd import ReplacedTokenDetection
 from t5x_domain.training.checkpoint import Checkpoints
 from t5x_domain.training.initial import restore_params, starting_state
 from t5x_domain.training.optimizer import AdamW, Updates
+from t5x_domain.training.run import Run
 from t5x_domain.training.schedule import constant
 
 SHORT = dataclasses.replace(
@@ -89,3 +90,19 @@ def test_what_it_does_not_mend(theirs, ours, message):
     plan = blueprint(None, EncoderOnly, dataclasses.replace(LONG, **ours))
     with pytest.raises(UserError, match=message):
         restore_params(short, plan, init_positions="copy")
+
+
+@pytest.mark.parametrize(
+    ("config", "value", "message"),
+    [
+        (SHORT, "twice", "Run.init_positions = 'twice': choose 'copy' or None"),
+        (
+            CONFIG,
+            "copy",
+            "is for learned positions, of which there are none with ModelConfig.position = 'relative_bias'",
+        ),
+    ],
+)
+def test_what_a_run_refuses(config, value, message):
+    with pytest.raises(UserError, match=message):
+        Run("run", EncoderOnly, config, [], ByteVocabulary(100), "cache", {}, None, 1, 1, init_positions=value)
