@@ -61,7 +61,7 @@ class Generator:
         Raises:
           UserError: the model has learned positions, and too few for what it is to read or write.
         """
-        self._require_positions(inputs)
+        self._require_room(inputs)
         params = self._model.params if params is None else params
         outputs: list[list[Output]] = [[] for _ in inputs]
         # Inputs of like lengths share a batch.
@@ -75,22 +75,25 @@ class Generator:
         return outputs
 
     def _run(self, params: Any, inputs: Sequence[np.ndarray], numbers: Sequence[int]) -> Written:
-        config = self._model.blueprint.config
-        is_joined = self._model.blueprint.model_class is DecoderOnly  # after a start token
-        rows, lengths = padded(inputs, self._batch_size, at_most=config.longest and config.longest - is_joined)
+        rows, lengths = padded(inputs, self._batch_size, at_most=self._room)
         numbers = np.resize(np.array(numbers, np.int32), self._batch_size)
         batch = {"tokens": rows, "lengths": lengths, "numbers": numbers}
         return self._write(params, put(self._model.blueprint.mesh, batch))
 
-    def _require_positions(self, inputs: Sequence[np.ndarray]) -> None:
-        """A decoder's positions go on after a prompt; an encoder's inputs are counted for themselves, by the model."""
+    @property
+    def _room(self) -> int | None:
+        """Tokens of an input at most, None for any number: a decoder alone writes into positions behind its prompt."""
+        known = self._model.blueprint.config.longest
+        is_joined = known is not None and self._model.blueprint.model_class is DecoderOnly
+        return known - self._decoding.max_tokens if is_joined else known
+
+    def _require_room(self, inputs: Sequence[np.ndarray]) -> None:
         known, to_write = self._model.blueprint.config.longest, self._decoding.max_tokens
-        is_joined = self._model.blueprint.model_class is DecoderOnly
-        prompt = max((len(tokens) for tokens in inputs), default=0) if is_joined else 0
-        if known is not None and prompt + to_write > known:
+        to_read = max((len(tokens) for tokens in inputs), default=0)
+        if known is not None and (to_read > self._room or to_write > known):
             raise UserError(
-                f"{self._model.origin}: has ModelConfig.max_positions = {known}, too few for a prompt of {prompt} "
-                f"tokens and Decoding.max_tokens = {to_write}; give shorter prompts or write less."
+                f"{self._model.origin}: has ModelConfig.max_positions = {known}, too few to read {to_read} tokens and "
+                f"write Decoding.max_tokens = {to_write}; give shorter inputs or write less."
             )
 
     def _output(self, tokens: np.ndarray, score: np.ndarray) -> Output:

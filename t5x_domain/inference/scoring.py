@@ -88,11 +88,11 @@ class Scorer:
 
     def _score_choices(self, inputs: Sequence[np.ndarray], answers: Sequence[np.ndarray], params: Any) -> np.ndarray:
         """Log-probabilities [len(inputs), len(answers)]; each input is encoded once."""
+        longest = self._model.blueprint.config.longest
         scores = np.zeros((len(inputs), len(answers)))
         order = sorted(range(len(inputs)), key=lambda i: len(inputs[i]))
         for start in range(0, len(order), self._batch_size):
             chosen = order[start : start + self._batch_size]
-            longest = self._model.blueprint.config.longest
             tokens, lengths = padded([inputs[i] for i in chosen], self._batch_size, at_most=longest)
             asked = put(self._model.blueprint.mesh, {"tokens": tokens, "lengths": lengths})
             nll = self._choices_nll(params, asked, padded(answers, len(answers), at_most=longest))
