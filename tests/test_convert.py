@@ -201,6 +201,7 @@ def test_llamas_that_are_not_converted(run, tmp_path, changes, said):
 
 
 OTHER = {
+    "embedding_dim": 4,
     "num_kv_heads": 1,
     "mlp_activations": ("gelu", "gelu"),
     "norm": "layernorm",
@@ -234,11 +235,14 @@ INEXPRESSIBLE = (
     + [("Llama", DecoderOnly, LLAMA, k, OTHER[k]) for k in OTHER if k not in _ANY_LLAMA]
     + [("Llama", DecoderOnly, LLAMA, "position", "relative_bias"), ("Llama", DecoderOnly, LLAMA, "position", "none")]
     + [("Llama", DecoderOnly, LLAMA, "attention_scale", "none")]
+    + [("T5", EncoderDecoder, T5, k, v) for k, v in (("position", "learned"), ("norm_placement", "post"))]
 )
 # What both families express, or what does not change what a model computes.
 EXPRESSIBLE = {"vocab_size", "embed_dim", "mlp_dim", "num_heads", "head_dim", "num_encoder_layers"}
 EXPRESSIBLE |= {"num_decoder_layers", "norm_epsilon", "dropout_rate", "rope_base", *ModelConfig.HOW}
 EXPRESSIBLE |= {"relative_bias_buckets", "relative_bias_max_distance", "relative_bias_per_layer"}
+EXPRESSIBLE |= {"max_positions"}  # of learned positions, which `position` refuses for T5 and Llama
+EXPRESSIBLE |= {"rtd_generator_width", "rtd_generator_layers", "rtd_embedding_sharing"}  # of pretraining alone
 # Of local layers, which `layer_pattern` refuses.
 EXPRESSIBLE |= {"rope_base_local", "local_window", "global_tokens", "global_blocks", "global_block_size"}
 

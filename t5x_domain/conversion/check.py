@@ -15,11 +15,12 @@ import numpy as np
 from flax import nnx
 
 from t5x_domain.conversion.checkpoint import Checkpoint
+from t5x_domain.conversion.huggingface_bert import global_positions
 from t5x_domain.conversion.layout import leaves
 from t5x_domain.conversion.placing import place
 from t5x_domain.errors import UserError
 from t5x_domain.models.assemblies import EncoderDecoder, EncoderOnly
-from t5x_domain.models.config import ModelConfig
+from t5x_domain.models.config import LOCAL, ModelConfig
 
 _SCRIPT = Path(__file__).with_name("transformers_outputs.py")
 _ROWS, _INPUTS, _TARGETS = 2, 200, 150  # beyond the 128 positions after which T5's bias is the same for all
@@ -102,14 +103,20 @@ def require_transformers(python: str) -> None:
 
 def _features(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
     """Random ids, the second row shorter, under transformers' names."""
-    rng = np.random.default_rng(0)
+    rng, config = np.random.default_rng(0), checkpoint.config
     features = {}
-    for prefix, length in (("", _INPUTS), ("decoder_", _TARGETS)):
-        mask = np.arange(length) < np.array([[length], [length - 20]])
-        ids = np.where(mask, rng.integers(3, checkpoint.config.vocab_size, (_ROWS, length)), 0)
+    # Some keys must lie outside a window.
+    inputs = max(_INPUTS, 3 * config.local_window) if LOCAL in config.layer_pattern else _INPUTS
+    inputs = min(inputs, config.longest or inputs)
+    for prefix, length in (("", inputs), ("decoder_", _TARGETS)):
+        mask = np.arange(length) < np.array([[length], [length - length // 10]])
+        ids = np.where(mask, rng.integers(3, config.vocab_size, (_ROWS, length)), 0)
         features |= {f"{prefix}input_ids": ids.astype(np.int32), f"{prefix}attention_mask": mask.astype(np.int32)}
         if checkpoint.model is not EncoderDecoder:
             break
+    if positions := global_positions(config, inputs):
+        features["global_attention_mask"] = np.zeros((_ROWS, inputs), np.int32)
+        features["global_attention_mask"][:, positions] = 1
     return features
 
 

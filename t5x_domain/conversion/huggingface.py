@@ -1,4 +1,4 @@
-"""Hugging Face folders: T5 and its kin, and Llama.
+"""Hugging Face folders: T5 and its kin, Llama, and, written only, encoders of BERT's form.
 
 The names of tensors follow transformers' `modeling_t5.py`, `modeling_umt5.py` and `modeling_llama.py`; torch keeps the
 kernel of a linear map as (out, in), we as (in, out).
@@ -15,6 +15,7 @@ import numpy as np
 from t5x_domain.conversion import safetensors_files
 from t5x_domain.conversion.checkpoint import Checkpoint
 from t5x_domain.conversion.folders import scratch_folder
+from t5x_domain.conversion.huggingface_bert import BERT, completed
 from t5x_domain.conversion.huggingface_config import read_config, write_config
 from t5x_domain.conversion.layout import part_shapes
 from t5x_domain.conversion.model_card import model_card
@@ -35,7 +36,11 @@ _UNUSED = ("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weig
 
 def tensor_names(model: type[LanguageModel], config: ModelConfig) -> dict[str, str]:
     """Hugging Face's name for each of our parameters (see `conversion.layout`)."""
-    patterns = LLAMA if model is DecoderOnly else GATED_T5 if len(config.mlp_activations) > 1 else PLAIN_T5
+    patterns = GATED_T5 if len(config.mlp_activations) > 1 else PLAIN_T5
+    if config.position == "learned":
+        patterns = BERT
+    elif model is DecoderOnly:
+        patterns = LLAMA
     return {ours: filled(patterns, ours) for ours in part_shapes(model, config)}
 
 
@@ -122,15 +127,19 @@ def write_huggingface(checkpoint: Checkpoint, folder: Path) -> None:
     dtypes = {tensor.dtype.name for tensor in checkpoint.tensors.values()}
     config = write_config(checkpoint.model, checkpoint.config, dtype="float32" if len(dtypes) > 1 else dtypes.pop())
     names = tensor_names(checkpoint.model, checkpoint.config)
-    safetensors_files.write_folder(
-        folder, {names[ours]: _turned(ours, tensor) for ours, tensor in checkpoint.tensors.items()}
-    )
+    tensors = {names[ours]: _turned(ours, tensor) for ours, tensor in checkpoint.tensors.items()}
+    safetensors_files.write_folder(folder, completed(tensors, config))
     _write_json(folder / CONFIG, config)
     ids = ("decoder_start_token_id", "bos_token_id", "pad_token_id", "eos_token_id")
     _write_json(folder / "generation_config.json", {key: config[key] for key in ids if key in config})
     if checkpoint.vocabulary is not None:
-        write_tokenizer(folder, checkpoint.vocabulary, start_token=checkpoint.model is DecoderOnly)
-    (folder / "README.md").write_text(model_card(checkpoint), encoding="utf-8")
+        write_tokenizer(
+            folder,
+            checkpoint.vocabulary,
+            start_token=checkpoint.model is DecoderOnly,
+            max_length=checkpoint.config.longest,
+        )
+    (folder / "README.md").write_text(model_card(checkpoint, config), encoding="utf-8")
 
 
 def _turned(ours: str, tensor: Tensor) -> Tensor:

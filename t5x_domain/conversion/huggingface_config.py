@@ -1,12 +1,13 @@
 """config.json of Hugging Face folders to a `ModelConfig` and back, exactly or not at all."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from t5x_domain.conversion.huggingface_bert import bert_problems, electra_config, longformer_config
 from t5x_domain.errors import UserError
 from t5x_domain.models.assemblies import DecoderOnly, EncoderDecoder, EncoderOnly, LanguageModel
-from t5x_domain.models.config import GLOBAL, ModelConfig
+from t5x_domain.models.config import GLOBAL, LOCAL, ModelConfig
 
 T5_TYPES = ("t5", "mt5", "umt5")
 # transformers' names of activations; "gelu" is exact except in "gated-gelu", which means "gelu_new".
@@ -46,6 +47,14 @@ _LLAMA_FIXED = _COMMON | {
     "mlp_activations": ("silu", "linear"),
     "scale_logits": False,
 }
+_LONGFORMER_FIXED = _COMMON | {
+    "norm": "layernorm",
+    "norm_placement": "post",
+    "embedding_norm": True,
+    "position": "learned",
+    "attention_scale": "head_dim",
+}
+_ELECTRA_FIXED = {key: value for key, value in _LONGFORMER_FIXED.items() if key != "embedding_dim"}
 
 
 def read_config(
@@ -178,14 +187,25 @@ def write_config(model: type[LanguageModel], config: ModelConfig, *, dtype: str)
     """The config.json of a model whose weights are of `dtype`.
 
     Raises:
-      UserError: options that no Hugging Face model of the family has, each named.
+      UserError: options that no Hugging Face model of the family has, each named; of an encoder the family that it
+        differs least from.
     """
     if model is DecoderOnly:
-        return _write_llama(config, dtype)
-    return _write_t5(model, config, dtype)
+        _refuse("Llama", _differences(config, _LLAMA_FIXED))
+        return _llama_config(config) | _dtype(dtype)
+    problems = {}
+    if model is EncoderOnly:
+        problems["Longformer"] = _differences(config, _LONGFORMER_FIXED, layers=LOCAL) + bert_problems(config)
+        problems["Electra"] = _differences(config, _ELECTRA_FIXED) + bert_problems(config)
+    problems["T5"] = _t5_problems(model, config)
+    family = min(problems, key=lambda family: len(problems[family]))
+    _refuse(family, problems[family], [other for other in problems if other != family])
+    if family == "T5":
+        return _t5_config(model, config) | _dtype(dtype)
+    return {"Electra": electra_config, "Longformer": longformer_config}[family](config) | _dtype(dtype)
 
 
-def _write_t5(model: type[LanguageModel], config: ModelConfig, dtype: str) -> dict[str, Any]:
+def _t5_problems(model: type[LanguageModel], config: ModelConfig) -> list[str]:
     problems = _differences(config, _T5_FIXED)
     if config.kv_heads != config.num_heads:
         problems.append(f"num_kv_heads = {config.num_kv_heads} (T5: as many as num_heads)")
@@ -196,7 +216,10 @@ def _write_t5(model: type[LanguageModel], config: ModelConfig, dtype: str) -> di
         problems.append(f"scale_logits = {config.scale_logits} with tie_embeddings = {config.tie_embeddings}")
     if model is EncoderOnly and not config.tie_embeddings:
         problems.append("tie_embeddings = False (a T5EncoderModel has no output embedding)")
-    _refuse(problems, "T5")
+    return problems
+
+
+def _t5_config(model: type[LanguageModel], config: ModelConfig) -> dict[str, Any]:
     family = "UMT5" if config.relative_bias_per_layer else "T5"
     encoder_only = model is EncoderOnly
     return {
@@ -221,12 +244,10 @@ def _write_t5(model: type[LanguageModel], config: ModelConfig, dtype: str) -> di
         "decoder_start_token_id": 0,
         "pad_token_id": 0,
         "eos_token_id": 1,
-        **_dtype(dtype),
     }
 
 
-def _write_llama(config: ModelConfig, dtype: str) -> dict[str, Any]:
-    _refuse(_differences(config, _LLAMA_FIXED), "Llama")
+def _llama_config(config: ModelConfig) -> dict[str, Any]:
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -248,7 +269,6 @@ def _write_llama(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "bos_token_id": 0,  # rows of a decoder-only model start with id 0
         "pad_token_id": 0,
         "eos_token_id": 1,
-        **_dtype(dtype),
     }
 
 
@@ -256,24 +276,24 @@ def _dtype(dtype: str) -> dict[str, str]:
     return {"dtype": dtype, "torch_dtype": dtype}  # transformers 5 and 4
 
 
-def _differences(config: ModelConfig, fixed: Mapping[str, Any]) -> list[str]:
+def _differences(config: ModelConfig, fixed: Mapping[str, Any], *, layers: str = GLOBAL) -> list[str]:
     values = dataclasses.asdict(config)
     problems = [
         f"{key} = {values[key]!r} (not {wanted!r})"
         for key, wanted in fixed.items()
         if (tuple(values[key]) if isinstance(values[key], list) else values[key]) != wanted
     ]
-    if set(config.layer_pattern) != {GLOBAL}:
-        problems.append(f"layer_pattern = {tuple(config.layer_pattern)} (only 'global')")
+    if set(config.layer_pattern) != {layers}:
+        problems.append(f"layer_pattern = {tuple(config.layer_pattern)} (only {layers!r})")
     if set(config.decoder_layer_pattern or {GLOBAL}) != {GLOBAL}:
         problems.append(f"decoder_layer_pattern = {tuple(config.decoder_layer_pattern)} (only 'global')")
     return problems
 
 
-def _refuse(problems: list[str], family: str) -> None:
+def _refuse(family: str, problems: Sequence[str], others: Sequence[str] = ()) -> None:
     if problems:
         raise UserError(
             f"no Hugging Face {family} model computes what this one does: ModelConfig."
             + ", ModelConfig.".join(problems)
-            + "."
+            + (f"; {' and '.join(others)} differ as much or more." if others else ".")
         )

@@ -22,6 +22,7 @@ EMBEDDINGS = (  # whose rows are tokens
     "generator/embedding/output",
     "embedding_delta",
 )
+POSITIONS = "embedding/positions"  # how names of tables of learned positions end
 _IN_LAYER = re.compile(r"(?P<stack>.+)/(?P<group>layers|rest)/blocks/(\d+)/(.+)")
 
 

@@ -8,14 +8,15 @@ from t5x_domain.conversion.checkpoint import Checkpoint
 from t5x_domain.conversion.layout import part_shapes
 from t5x_domain.evaluation.perplexity import measures
 from t5x_domain.models.assemblies import DecoderOnly, EncoderDecoder, EncoderOnly
+from t5x_domain.models.config import ModelConfig
 
 _CLASSES = {EncoderDecoder: "AutoModelForSeq2SeqLM", DecoderOnly: "AutoModelForCausalLM", EncoderOnly: "AutoModel"}
 _KINDS = {EncoderDecoder: "Encoder-decoder", DecoderOnly: "Decoder-only", EncoderOnly: "Encoder-only"}
 
 
-def model_card(checkpoint: Checkpoint) -> str:
-    """Markdown with the header that model hubs read."""
-    sections = [_header(checkpoint), _shape(checkpoint), _loading(checkpoint)]
+def model_card(checkpoint: Checkpoint, content: Mapping[str, Any]) -> str:
+    """Markdown with the header that model hubs read; `content` is config.json's."""
+    sections = [_header(checkpoint), _shape(checkpoint), _loading(checkpoint, content["model_type"])]
     run = checkpoint.facts.get("run")
     if run is not None:
         sections.append(_training(checkpoint.facts, run))
@@ -44,6 +45,8 @@ def _shape(checkpoint: Checkpoint) -> str:
         "heads": f"{config.num_heads} of {config.head_dim}",
         "rows of the embedding": f"{config.vocab_size:,}",
     }
+    if config.longest is not None:
+        rows["tokens of a text"] = f"{config.longest:,} at most"
     vocabulary = checkpoint.vocabulary
     if vocabulary is not None:
         rows["vocabulary"] = (
@@ -53,9 +56,12 @@ def _shape(checkpoint: Checkpoint) -> str:
     return _table(("", ""), rows.items())
 
 
-def _loading(checkpoint: Checkpoint) -> str:
+def _loading(checkpoint: Checkpoint, model_type: str) -> str:
     name = _CLASSES[checkpoint.model]
-    lines = [f"from transformers import AutoTokenizer, {name}", "", f'model = {name}.from_pretrained("<this folder>")']
+    # A Longformer is made with a pooler, which ours has not and transformers would fill at random.
+    options = ", add_pooling_layer=False" if model_type == "longformer" else ""
+    loaded = f'model = {name}.from_pretrained("<this folder>"{options})'
+    lines = [f"from transformers import AutoTokenizer, {name}", "", loaded]
     if checkpoint.vocabulary is not None:
         lines.append('tokenizer = AutoTokenizer.from_pretrained("<this folder>")')
     if checkpoint.model is EncoderDecoder and checkpoint.config.relative_bias_per_layer:
@@ -65,7 +71,24 @@ def _loading(checkpoint: Checkpoint) -> str:
         text += "\n\ntransformers 5 remarks that `lm_head` and the embedding are not tied. So it should be."
     if checkpoint.model is DecoderOnly:
         text += "\n\nEvery text starts with id 0, which the tokenizer puts there. Attention is causal throughout."
+    if model_type in ("electra", "longformer"):
+        text += (
+            "\n\nBiases and token types are zeros: the model was trained without. No text starts with a class token."
+        )
+    if model_type == "longformer":
+        text += "\n\n" + _global_attention(checkpoint.config)
     return text
+
+
+def _global_attention(config: ModelConfig) -> str:
+    marked = []
+    if config.global_tokens:
+        marked.append(f"`[:, :{config.global_tokens}] = 1`")
+    if config.global_blocks == "every":
+        marked.append(f"`[:, {config.global_block_size - 1}::{config.global_block_size}] = 1`")
+    if not marked:
+        return "No token was trained to attend globally, so leave `global_attention_mask` out."
+    return f"Global tokens belong to the model: give a `global_attention_mask` of zeros with {' and '.join(marked)}."
 
 
 def _training(facts: Mapping[str, Any], run: Mapping[str, Any]) -> str:

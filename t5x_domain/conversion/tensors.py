@@ -54,6 +54,14 @@ class Tensor:
             lambda index: self.read((*index[:axis], here, *index[axis:])).squeeze(axis),
         )
 
+    def repeated(self, rows: int) -> "Tensor":
+        """`rows` entries of the first axis: all of it again and again."""
+
+        def read(index: Index) -> np.ndarray:
+            return self.read((slice(None), *index[1:]))[np.arange(rows)[index[0]] % self.shape[0]]
+
+        return Tensor((rows, *self.shape[1:]), self.dtype, read)
+
     def astype(self, dtype: np.dtype) -> "Tensor":
         """Cast when it is read."""
         dtype = np.dtype(dtype)

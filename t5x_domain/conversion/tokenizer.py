@@ -43,13 +43,16 @@ _SUPPORTED = "supported are SentencePiece models, Unigram tokenizers of T5's kin
 _DEFAULT_SENTINELS = {"T5Tokenizer": 100, "ByT5Tokenizer": 125}
 
 
-def write_tokenizer(folder: Path, vocabulary: Vocabulary | ByteVocabulary, *, start_token: bool) -> None:
+def write_tokenizer(
+    folder: Path, vocabulary: Vocabulary | ByteVocabulary, *, start_token: bool, max_length: int | None = None
+) -> None:
     """Writes what `AutoTokenizer.from_pretrained(folder)` reads, and `spiece.model` of a SentencePiece vocabulary.
 
     Args:
       folder: exists; files in it are overwritten.
       vocabulary: control symbols of its model, e.g. mode tokens, become special tokens like the sentinels.
       start_token: False appends EOS; True instead puts id 0 before the text, as rows of decoder-only models start.
+      max_length: tokens that the model reads at most; None for any number.
 
     Raises:
       UserError: the SentencePiece model does something that the files cannot say.
@@ -81,7 +84,7 @@ def write_tokenizer(folder: Path, vocabulary: Vocabulary | ByteVocabulary, *, st
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_input_names": ["input_ids", "attention_mask"],
-        "model_max_length": int(1e30),  # what transformers means by no limit
+        "model_max_length": max_length or int(1e30),  # what transformers means by no limit
         "clean_up_tokenization_spaces": False,
         "pad_token": special[PAD_ID],
         "eos_token": special[EOS_ID],

@@ -29,6 +29,11 @@ class Cache(NamedTuple):
     start: jax.Array
     used: jax.Array
 
+    @property
+    def position(self) -> jax.Array:
+        """[B, 1] int32: the next position of each row."""
+        return self.used - self.start
+
 
 class Memory(NamedTuple):
     """An encoder's output as each layer of the decoder attends to it; `length` is [B, 1] int32, its tokens."""
@@ -79,13 +84,13 @@ def read_prompt(
     written = []
     plans = stack.plans(x, ids, prefix)
     for block in blocks(stack):
-        layer, normed = block.self_attention.inner, block.self_attention.norm(x)
+        layer, normed = block.self_attention.inner, block.self_attention.enter(x)
         written.append(KeysValues(*map(to_the_right, layer.keys_values(normed, positions))))
         bias = _bias_of(stack, block)
         x = block.self_attention.add(x, layer(normed, plan=plans[block.kind], positions=positions, relative_bias=bias))
         x = block.mlp(x, None)
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
-    return stack.norm(last), Cache(written, (size - lengths)[:, None].astype(jnp.int32), jnp.int32(size))
+    return stack.close(last), Cache(written, (size - lengths)[:, None].astype(jnp.int32), jnp.int32(size))
 
 
 def read_memory(stack: Stack, memory: jax.Array, lengths: jax.Array) -> Memory:
@@ -101,18 +106,18 @@ def next_position(stack: Stack, x: jax.Array, cache: Cache, memory: Memory | Non
 
     Args:
       stack: the decoder.
-      x: [B, 1, embed_dim], the embedded token.
+      x: [B, 1, embed_dim], the token embedded at `cache.position`.
       cache: the positions before it.
       memory: of an encoder, for B / n rows: the n hypotheses of an input follow one another.
 
     Returns:
       The normalised hidden state [B, 1, embed_dim] and the cache with this position.
     """
-    positions = cache.used - cache.start
+    positions = cache.position
     shared = None if stack.relative_bias is None else _bias_at(stack.relative_bias(), cache)
     written = []
     for number, block in enumerate(blocks(stack)):
-        layer, normed = block.self_attention.inner, block.self_attention.norm(x)
+        layer, normed = block.self_attention.inner, block.self_attention.enter(x)
         new = KeysValues(*map(_heads_first, layer.keys_values(normed, positions)))
         start = cache.start if layer.window is None else jnp.maximum(cache.start, cache.used - layer.window[0])
         attended = decode_attention(
@@ -128,13 +133,13 @@ def next_position(stack: Stack, x: jax.Array, cache: Cache, memory: Memory | Non
         )
         x = block.self_attention.add(x, layer.output(attended))
         if memory is not None:
-            normed = block.cross_attention.norm(x)
+            normed = block.cross_attention.enter(x)
             y = _attend_to_memory(block.cross_attention.inner, normed, memory.layers[number], memory.length)
             x = block.cross_attention.add(x, y)
         x = block.mlp(x, None)
         written.append(new)
     write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, cache.used, axis=2)  # noqa: E731
-    return stack.norm(x), Cache(jax.tree.map(write, cache.layers, written), cache.start, cache.used + 1)
+    return stack.close(x), Cache(jax.tree.map(write, cache.layers, written), cache.start, cache.used + 1)
 
 
 def _attend_to_memory(layer: Attention, x: jax.Array, memory: KeysValues, length: jax.Array) -> jax.Array:

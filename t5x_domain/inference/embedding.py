@@ -36,14 +36,19 @@ class Embedder:
         self._read = functools.partial(reader(model.blueprint), model.params)
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
-        """[n, embed_dim] float32 of length 1. Texts are read whole, however long, and closed by EOS."""
+        """[n, embed_dim] float32 of length 1. Texts are read whole, however long, and closed by EOS.
+
+        Raises:
+          UserError: a text is longer than the learned positions of the model.
+        """
         inputs = [self._model.inputs(text) for text in texts]
-        vectors = np.zeros((len(inputs), self._model.blueprint.config.embed_dim), np.float32)
+        config = self._model.blueprint.config
+        vectors = np.zeros((len(inputs), config.embed_dim), np.float32)
         # Texts of like lengths share a batch.
         order = sorted(range(len(inputs)), key=lambda i: len(inputs[i]))
         for start in range(0, len(order), self._batch_size):
             chosen = order[start : start + self._batch_size]
-            tokens, lengths = padded([inputs[i] for i in chosen], self._batch_size)
+            tokens, lengths = padded([inputs[i] for i in chosen], self._batch_size, at_most=config.longest)
             segment_ids = (np.arange(tokens.shape[1]) < lengths[:, None]).astype(np.int32)
             vectors[chosen] = self._read(tokens, segment_ids)[: len(chosen)]
         return vectors

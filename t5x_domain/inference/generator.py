@@ -58,7 +58,11 @@ class Generator:
           inputs: ids as `Opened.inputs` makes them, int32 [n] each.
           first: number of the first input; it decides what is drawn for it.
           params: instead of the model's own, in its shapes; nothing is compiled again.
+
+        Raises:
+          UserError: the model has learned positions, and too few for what it is to read or write.
         """
+        self._require_room(inputs)
         params = self._model.params if params is None else params
         outputs: list[list[Output]] = [[] for _ in inputs]
         # Inputs of like lengths share a batch.
@@ -72,10 +76,26 @@ class Generator:
         return outputs
 
     def _run(self, params: Any, inputs: Sequence[np.ndarray], numbers: Sequence[int]) -> Written:
-        rows, lengths = padded(inputs, self._batch_size)
+        rows, lengths = padded(inputs, self._batch_size, at_most=self._room)
         numbers = np.resize(np.array(numbers, np.int32), self._batch_size)
         batch = {"tokens": rows, "lengths": lengths, "numbers": numbers}
         return self._write(params, put(self._model.blueprint.mesh, batch))
+
+    @property
+    def _room(self) -> int | None:
+        """Tokens of an input at most, None for any number: a decoder alone writes into positions behind its prompt."""
+        known = self._model.blueprint.config.longest
+        is_joined = known is not None and self._model.blueprint.model_class is DecoderOnly
+        return known - self._decoding.max_tokens if is_joined else known
+
+    def _require_room(self, inputs: Sequence[np.ndarray]) -> None:
+        known, to_write = self._model.blueprint.config.longest, self._decoding.max_tokens
+        to_read = max((len(tokens) for tokens in inputs), default=0)
+        if known is not None and (to_read > self._room or to_write > known):
+            raise UserError(
+                f"{self._model.origin}: has ModelConfig.max_positions = {known}, too few to read {to_read} tokens and "
+                f"write Decoding.max_tokens = {to_write}; give shorter inputs or write less."
+            )
 
     def _output(self, tokens: np.ndarray, score: np.ndarray) -> Output:
         vocabulary = self._model.vocabulary
@@ -94,7 +114,7 @@ class Generator:
             )
 
             def step(tokens: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
-                hidden, cache = next_position(network.decoder, network.embed(tokens), cache, memory)
+                hidden, cache = next_position(network.decoder, network.embed(tokens, cache.position), cache, memory)
                 return _logits(network, hidden), cache
 
             ids = {"eos_id": vocabulary.eos_id, "vocab_size": vocabulary.vocab_size}
@@ -106,16 +126,20 @@ class Generator:
             return decode_rows(step, logits, cache, decoding, **ids, streams=of_input(batch["numbers"]).reshape(-1))
 
 
-def row_length(sequences: Sequence[np.ndarray]) -> int:
-    """Room for the longest: 16 times 1, 1.5, 2, 3, 4, 6, …, so that few shapes are compiled."""
+def row_length(sequences: Sequence[np.ndarray], at_most: int | None = None) -> int:
+    """Room for the longest: 16 times 1, 1.5, 2, 3, 4, 6, …, so that few shapes are compiled.
+
+    At most `at_most`, if that is room enough: what the positions of a model suffice for.
+    """
     longest = max((len(sequence) for sequence in sequences), default=1)
     power = 2 ** math.ceil(math.log2(max(longest / 16, 1)))
-    return int(16 * power * (0.75 if power > 1 and longest <= 12 * power else 1))
+    length = int(16 * power * (0.75 if power > 1 and longest <= 12 * power else 1))
+    return length if at_most is None else max(longest, min(length, at_most))
 
 
-def padded(sequences: Sequence[np.ndarray], rows: int) -> tuple[np.ndarray, np.ndarray]:
+def padded(sequences: Sequence[np.ndarray], rows: int, *, at_most: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Sequences in int32 [rows, row_length] with zeros behind them, and their lengths [rows]; rows left over have 1."""
-    result, lengths = np.zeros((rows, row_length(sequences)), np.int32), np.ones(rows, np.int32)
+    result, lengths = np.zeros((rows, row_length(sequences, at_most)), np.int32), np.ones(rows, np.int32)
     for row, sequence in enumerate(sequences):
         result[row, : len(sequence)] = sequence
         lengths[row] = len(sequence)

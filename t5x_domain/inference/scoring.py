@@ -88,18 +88,22 @@ class Scorer:
 
     def _score_choices(self, inputs: Sequence[np.ndarray], answers: Sequence[np.ndarray], params: Any) -> np.ndarray:
         """Log-probabilities [len(inputs), len(answers)]; each input is encoded once."""
+        longest = self._model.blueprint.config.longest
         scores = np.zeros((len(inputs), len(answers)))
         order = sorted(range(len(inputs)), key=lambda i: len(inputs[i]))
         for start in range(0, len(order), self._batch_size):
             chosen = order[start : start + self._batch_size]
-            tokens, lengths = padded([inputs[i] for i in chosen], self._batch_size)
+            tokens, lengths = padded([inputs[i] for i in chosen], self._batch_size, at_most=longest)
             asked = put(self._model.blueprint.mesh, {"tokens": tokens, "lengths": lengths})
-            nll = self._choices_nll(params, asked, padded(answers, len(answers)))
+            nll = self._choices_nll(params, asked, padded(answers, len(answers), at_most=longest))
             scores[chosen] = -np.asarray(nll)[: len(chosen)]
         return scores
 
     def _batch(self, inputs: Sequence[np.ndarray], targets: Sequence[np.ndarray]) -> dict[str, jax.Array]:
-        lengths = {"inputs": row_length(inputs), "targets": row_length(targets)}
+        longest = self._model.blueprint.config.longest
+        is_joined = longest is not None and self._model.blueprint.model_class is DecoderOnly  # in one row
+        room = row_length(targets, longest - max(map(len, inputs)) if is_joined else longest)
+        lengths = {"inputs": row_length(inputs, longest - room if is_joined else longest), "targets": room}
         if self._model.reads_whole_inputs:
             rows = [[packing.Example(i, t, 0)] for i, t in zip(inputs, targets, strict=True)]
         else:  # a causal model reads them as what stands before

@@ -52,9 +52,9 @@ class LanguageModel(nnx.Module):
         cap = self.config.final_logit_softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
-    def embed(self, tokens: jax.Array) -> jax.Array:
-        """[B, T] int32 -> [B, T, embed_dim]."""
-        return constrain(self.embedding(tokens, self.table), "batch", "length", "embed_activation")
+    def embed(self, tokens: jax.Array, positions: jax.Array | None = None, rng: jax.Array | None = None) -> jax.Array:
+        """[B, T] int32 -> [B, T, embed_dim]; positions [B, T] and `rng` as of `Embedding`."""
+        return constrain(self.embedding(tokens, self.table, positions, rng), "batch", "length", "embed_activation")
 
 
 @gin.configurable
@@ -93,17 +93,20 @@ class EncoderDecoder(LanguageModel):
 
         Without segment ids a row is one example without padding; give ids, 1 for tokens and 0 for padding, otherwise.
         """
-        rngs = (None, None) if rng is None else jax.random.split(rng)
+        rngs = (None,) * 4 if rng is None else jax.random.split(rng, 4)
         memory = self.encoder(
-            self.embed(encoder_input_tokens), segment_ids=encoder_segment_ids, positions=encoder_positions, rng=rngs[0]
+            self.embed(encoder_input_tokens, encoder_positions, rngs[0]),
+            segment_ids=encoder_segment_ids,
+            positions=encoder_positions,
+            rng=rngs[1],
         )
         return self.decoder(
-            self.embed(decoder_input_tokens),
+            self.embed(decoder_input_tokens, decoder_positions, rngs[2]),
             segment_ids=decoder_segment_ids,
             positions=decoder_positions,
             memory=memory,
             memory_segment_ids=encoder_segment_ids,
-            rng=rngs[1],
+            rng=rngs[3],
         )
 
 
@@ -134,12 +137,13 @@ class DecoderOnly(LanguageModel):
         rng: jax.Array | None = None,
     ) -> jax.Array:
         """Hidden states [B, T, embed_dim]; all other arguments are [B, T] int32."""
+        rngs = (None, None) if rng is None else jax.random.split(rng)
         return self.decoder(
-            self.embed(decoder_input_tokens),
+            self.embed(decoder_input_tokens, decoder_positions, rngs[0]),
             segment_ids=decoder_segment_ids,
             positions=decoder_positions,
             prefix=decoder_prefix,
-            rng=rng,
+            rng=rngs[1],
         )
 
 
@@ -165,8 +169,12 @@ class EncoderOnly(LanguageModel):
         rng: jax.Array | None = None,
     ) -> jax.Array:
         """Hidden states [B, S, embed_dim]; all other arguments are [B, S] int32."""
+        rngs = (None, None) if rng is None else jax.random.split(rng)
         return self.encoder(
-            self.embed(encoder_input_tokens), segment_ids=encoder_segment_ids, positions=encoder_positions, rng=rng
+            self.embed(encoder_input_tokens, encoder_positions, rngs[0]),
+            segment_ids=encoder_segment_ids,
+            positions=encoder_positions,
+            rng=rngs[1],
         )
 
 

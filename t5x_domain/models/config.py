@@ -21,7 +21,8 @@ class ModelConfig:
       vocab_size: rows of the embedding; at least the vocabulary's, often a multiple of 128.
       embed_dim: width of the residual stream.
       embedding_dim: width of the token embedding, which is projected to `embed_dim` (Lan et al. 2020, section 3.1); a
-        tied output uses the product of both matrices. None for `embed_dim`, without projection.
+        tied output uses the product of both matrices. None for `embed_dim`, without projection. Learned positions, the
+        norm and dropout of the embedding come before the projection (ELECTRA).
       mlp_dim: width of the feed-forward layer.
       num_heads: query heads.
       head_dim: width of a head.
@@ -34,9 +35,12 @@ class ModelConfig:
       norm: "rmsnorm" or "layernorm" (without bias).
       norm_epsilon: added to the variance.
       norm_unit_offset: scale by 1 + weight, weight starting at 0 (Gemma).
-      norm_placement: "pre", or "pre_post" for a norm before and after each sub-layer (Gemma 2).
-      embedding_norm: a norm right after the embedding (ModernBERT).
-      position: "relative_bias" (T5), "rope" (Su et al. 2021), "alibi" (Press et al. 2022), or "none".
+      norm_placement: "pre"; "pre_post" for a norm before and after each sub-layer (Gemma 2); "post" for one after each
+        residual sum and none after the stack (Devlin et al. 2019, BERT).
+      embedding_norm: a norm right after the embedding (BERT, ModernBERT).
+      position: "relative_bias" (T5), "rope" (Su et al. 2021), "alibi" (Press et al. 2022), "learned" for a table whose
+        rows are added to the token embedding (BERT), or "none".
+      max_positions: rows of that table: the longest row or text of a model with learned positions.
       relative_bias_buckets, relative_bias_max_distance: of T5's bias.
       relative_bias_per_layer: a table for each layer (umT5) instead of one shared by the stack.
       rope_base: base of the rotation in global layers.
@@ -88,9 +92,10 @@ class ModelConfig:
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     norm_epsilon: float = 1e-6
     norm_unit_offset: bool = False
-    norm_placement: Literal["pre", "pre_post"] = "pre"
+    norm_placement: Literal["pre", "pre_post", "post"] = "pre"
     embedding_norm: bool = False
-    position: Literal["relative_bias", "rope", "alibi", "none"] = "relative_bias"
+    position: Literal["relative_bias", "rope", "alibi", "learned", "none"] = "relative_bias"
+    max_positions: int = 512
     relative_bias_buckets: int = 32
     relative_bias_max_distance: int = 128
     relative_bias_per_layer: bool = False
@@ -125,8 +130,8 @@ class ModelConfig:
             _require_number(field, getattr(self, field.name))
         choices = {
             "norm": ("rmsnorm", "layernorm"),
-            "norm_placement": ("pre", "pre_post"),
-            "position": ("relative_bias", "rope", "alibi", "none"),
+            "norm_placement": ("pre", "pre_post", "post"),
+            "position": ("relative_bias", "rope", "alibi", "learned", "none"),
             "global_blocks": ("none", "every", "transient"),
             "attention_scale": ("none", "head_dim"),
             "remat": ("none", "minimal", "full"),
@@ -186,6 +191,11 @@ class ModelConfig:
     def kv_heads(self) -> int:
         """Key and value heads."""
         return self.num_kv_heads or self.num_heads
+
+    @property
+    def longest(self) -> int | None:
+        """Tokens that a row may have; None for any number."""
+        return self.max_positions if self.position == "learned" else None
 
     def pattern(self, *, causal: bool) -> tuple[str, ...]:
         """Kinds of consecutive layers of a decoder's stack, which is causal, or of an encoder's."""

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from t5x_domain.errors import UserError
 from t5x_domain.kernels.dense import dense
 from t5x_domain.kernels.precision import accumulator
 from t5x_domain.models.config import ModelConfig
@@ -88,29 +89,66 @@ class Mlp(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """Token embedding and, tied or not, the kernel that turns hidden states into logits."""
+    """Embedding of tokens, and of positions if learned; and the kernel that turns hidden states into logits."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
-        """T5 draws the embedding from N(0, 1); a scaled one (Gemma) from N(0, 1/embed_dim)."""
+        """T5 draws the embedding from N(0, 1), a scaled one (Gemma) comes from N(0, 1/embed_dim).
+
+        Positions have the tokens' deviation, as in BERT.
+        """
         vocab_size, dim, axes = config.vocab_size, config.embed_dim, ("vocab", "embed")
         width, narrow = config.embedding_dim or dim, dim**-0.5
-        self.embedding = normal_param(rngs, (vocab_size, width), narrow if config.scale_embedding else 1.0, axes)
+        std = narrow if config.scale_embedding else 1.0
+        self.embedding = normal_param(rngs, (vocab_size, width), std, axes)
+        table = lambda: normal_param(rngs, (config.max_positions, width), std, ("positions", "embed"))  # noqa: E731
+        self.positions = table() if config.position == "learned" else None
         self.output = None if config.tie_embeddings else normal_param(rngs, (vocab_size, dim), narrow, axes)
         project = lambda: Linear(width, dim, axes=(None, "embed"), dtype=config.dtype, rngs=rngs)  # noqa: E731
         self.projection = None if width == dim else project()
-        self.norm = Norm(config) if config.embedding_norm else None
+        self.norm = Norm(config, width) if config.embedding_norm else None
         self.config = config
 
-    def __call__(self, tokens: jax.Array, table: jax.Array) -> jax.Array:
-        """[B, T] int32 -> [B, T, embed_dim] in the compute dtype; `table` [vocab_size, embedding_dim] float32 is
-        `embedding` or what an assembly has instead."""
+    def __call__(
+        self,
+        tokens: jax.Array,
+        table: jax.Array,
+        positions: jax.Array | None = None,
+        rng: jax.Array | None = None,
+    ) -> jax.Array:
+        """Embeds tokens.
+
+        Args:
+          tokens: [B, T] int32.
+          table: [vocab_size, embedding_dim] float32, `embedding` or what an assembly has instead.
+          positions: [B, T] int32, of tokens in their texts; None for 0, 1, 2, … in every row. Used if they are learned.
+          rng: key for dropout; None for none.
+
+        Returns:
+          [B, T, embed_dim] in the compute dtype.
+
+        Raises:
+          UserError: rows longer than the table of positions.
+        """
         # Gathered over fsdp before the look-up, as every other parameter is before its use.
         x = constrain(table.astype(self.config.dtype), "vocab", None)[tokens]
-        if self.projection is not None:
-            x = self.projection(x)
         if self.config.scale_embedding:
             x = x * jnp.asarray(self.config.embed_dim**0.5, x.dtype)
-        return x if self.norm is None else self.norm(x)
+        if self.positions is not None:
+            x = x + self._rows_of(jnp.arange(tokens.shape[1])[None] if positions is None else positions)
+        if self.norm is not None:
+            x = self.norm(x)
+        x = dropout(x, self.config.dropout_rate, rng)
+        return x if self.projection is None else self.projection(x)
+
+    def _rows_of(self, positions: jax.Array) -> jax.Array:
+        """[B, T] -> [B, T, embedding_dim]."""
+        length, known = positions.shape[1], self.config.max_positions
+        if length > known:
+            raise UserError(
+                f"ModelConfig.max_positions = {known}: the model knows no position for the last tokens of a row of "
+                f"{length}; take shorter rows, or a model with more positions."
+            )
+        return constrain(self.positions[...].astype(self.config.dtype), None, None)[positions]
 
     def output_kernel(self, table: jax.Array) -> jax.Array:
         """[vocab_size, embed_dim] float32, of `table` if it is tied."""

@@ -67,7 +67,9 @@ class Detector(LanguageModel):
 
         `rng` is a key for dropout; None for none.
         """
-        return self.head(self.encoder(self.embed(tokens), segment_ids=segment_ids, positions=positions, rng=rng))
+        embed_rng, stack_rng = (None, None) if rng is None else jax.random.split(rng)
+        x = self.embed(tokens, positions, embed_rng)
+        return self.head(self.encoder(x, segment_ids=segment_ids, positions=positions, rng=stack_rng))
 
 
 @gin.configurable

@@ -21,24 +21,32 @@ _REMAT_POLICIES = {
 
 
 class SubLayer(nnx.Module):
-    """Residual connection around `inner`, with the norm before it and, if asked for, after it."""
+    """Residual connection around `inner`, with norms where `config.norm_placement` puts them.
+
+    "pre": x + inner(norm(x)); "pre_post": x + post_norm(inner(norm(x))); "post": norm(x + inner(x)).
+    """
 
     def __init__(self, config: ModelConfig, inner: nnx.Module) -> None:
         """`inner` maps [B, T, embed_dim] to the same."""
         self.norm = Norm(config)
         self.inner = inner
         self.post_norm = Norm(config) if config.norm_placement == "pre_post" else None
-        self.dropout_rate = config.dropout_rate
+        self.norm_last, self.dropout_rate = config.norm_placement == "post", config.dropout_rate
 
     def __call__(self, x: jax.Array, rng: jax.Array | None, /, **inputs: Any) -> jax.Array:
-        """x + dropout(inner(norm(x)))."""
-        return self.add(x, self.inner(self.norm(x), **inputs), rng)
+        """[B, T, embed_dim] -> the same; `inner` is called with `inputs`."""
+        return self.add(x, self.inner(self.enter(x), **inputs), rng)
+
+    def enter(self, x: jax.Array) -> jax.Array:
+        """What `inner` takes of x."""
+        return x if self.norm_last else self.norm(x)
 
     def add(self, x: jax.Array, y: jax.Array, rng: jax.Array | None = None) -> jax.Array:
-        """x + dropout(y), where y is what `inner` made of norm(x)."""
+        """x and dropout(y), where y is what `inner` made of `enter(x)`."""
         if self.post_norm is not None:
             y = self.post_norm(y)
-        return constrain(x + dropout(y, self.dropout_rate, rng), "batch", "length", "embed_activation")
+        x = constrain(x + dropout(y, self.dropout_rate, rng), "batch", "length", "embed_activation")
+        return self.norm(x) if self.norm_last else x
 
 
 class Block(nnx.Module):
@@ -103,7 +111,7 @@ class Pattern(nnx.Module):
 
 
 class Stack(nnx.Module):
-    """All blocks of an encoder or a decoder, and the norm after the last."""
+    """All blocks of an encoder or a decoder, and the norm after the last, which post-norm blocks need not."""
 
     def __init__(
         self, config: ModelConfig, num_layers: int, *, causal: bool, cross_attention: bool = False, rngs: nnx.Rngs
@@ -118,7 +126,7 @@ class Stack(nnx.Module):
         self.global_relative_bias = shared_bias(config, bidirectional=True, rngs=rngs) if transient else None
         self.layers = _stacked(lambda rngs: Pattern(config, kinds, scanned=True, rngs=rngs, **options), repeats, rngs)
         self.rest = Pattern(config, kinds[:rest], scanned=False, rngs=rngs, **options) if rest else None
-        self.norm = Norm(config)
+        self.norm = None if config.norm_placement == "post" else Norm(config)
         self.config, self.causal = config, causal
 
     def plans(self, x: jax.Array, segment_ids: jax.Array | None, prefix: jax.Array | None = None) -> Mapping[str, Plan]:
@@ -145,7 +153,7 @@ class Stack(nnx.Module):
         """Runs the stack.
 
         Args:
-          x: [B, T, embed_dim], embedded tokens.
+          x: [B, T, embed_dim], embedded tokens, after dropout.
           segment_ids: [B, T] int32, packed examples; 0 is padding.
           positions: [B, T] int32, restarting with each segment.
           prefix: [B, T], tokens seen by their whole segment although the stack is causal.
@@ -167,16 +175,19 @@ class Stack(nnx.Module):
             ids = None if segment_ids is None else SegmentIds(segment_ids, memory_segment_ids)
             cross = {"memory": memory, "plan": plan(self.config, x, memory, mask=Mask(), segment_ids=ids)}
         if rng is None:
-            embed_rng = scan_rng = rest_rng = norm_rng = None
+            scan_rng = rest_rng = norm_rng = None
         else:
-            embed_rng, scan_rng, rest_rng, norm_rng = jax.random.split(rng, 4)
+            scan_rng, rest_rng, norm_rng = jax.random.split(rng, 3)
 
-        x = dropout(x, self.config.dropout_rate, embed_rng)
         if self.layers is not None:
             x = self._scan(x, scan_rng, shared, cross)
         if self.rest is not None:
             x = self.rest(x, rest_rng, shared, cross)
-        return dropout(self.norm(x), self.config.dropout_rate, norm_rng)
+        return self.close(x, norm_rng)
+
+    def close(self, x: jax.Array, rng: jax.Array | None = None) -> jax.Array:
+        """What follows the last block, for some of its positions [B, T, embed_dim] or all."""
+        return x if self.norm is None else dropout(self.norm(x), self.config.dropout_rate, rng)
 
     def _scan(self, x: jax.Array, rng: jax.Array | None, shared: Mapping[str, Any], cross: Any) -> jax.Array:
         graph, params = nnx.split(self.layers)

@@ -17,6 +17,8 @@ from t5x_domain.objectives.losses import language_model_loss, total
 from t5x_domain.objectives.rtd import detection
 
 Batch = Mapping[str, jax.Array]
+# The model's own call splits `rng` into n keys, which are fold_in(rng, 0) … fold_in(rng, n - 1); n is far smaller.
+_STREAM = 2**16
 
 
 @gin.configurable
@@ -70,8 +72,7 @@ def denoising_with_detection_loss(
         )
     _require_weights(weight=weight, detection_weight=detection_weight)
     value, sums = language_model_loss(model, batch, rng, num_components=num_components)
-    # The model's own call has split `rng` into two keys, which are what fold_in(rng, 0) and fold_in(rng, 1) are.
-    own = None if rng is None else jax.random.fold_in(rng, 2)
+    own = None if rng is None else jax.random.fold_in(rng, _STREAM)
     choice, rest = (jax.random.key(1), None) if own is None else jax.random.split(own)
     weights = batch["encoder_token_weights"]
     options = {"temperature": temperature, "sampling_dropout": sampling_dropout, "max_share": share, "z_loss": z_loss}

@@ -14,6 +14,7 @@ RULES: Mapping[str, str | tuple[str, ...] | None] = {
     "length": "sequence",
     "embed_activation": None,
     "vocab": "tensor",
+    "positions": None,
     "embed": "fsdp",
     "mlp": "tensor",
     "heads": "tensor",

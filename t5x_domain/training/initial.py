@@ -12,7 +12,7 @@ import optax
 from t5x_domain.adaptation.transplant import Transplant
 from t5x_domain.conversion.checkpoint import Checkpoint, SecondMoments
 from t5x_domain.conversion.formats import open_checkpoint
-from t5x_domain.conversion.layout import EMBEDDINGS, Leaf, leaves
+from t5x_domain.conversion.layout import EMBEDDINGS, POSITIONS, Leaf, leaves
 from t5x_domain.conversion.placing import place
 from t5x_domain.conversion.rtd import as_begin_of
 from t5x_domain.errors import UserError
@@ -25,6 +25,11 @@ from t5x_domain.training.state import Blueprint, TrainState
 
 # What a run may decide for itself.
 _FREE = ("vocab_size", "dropout_rate", *ModelConfig.HOW)
+# What else it may with Run.init_positions = "copy": which part of a longer text the same parameters see.
+_LONGER = (
+    *("max_positions", "layer_pattern", "local_window"),
+    *("global_tokens", "global_blocks", "global_block_size"),
+)
 
 
 def starting_state(
@@ -43,7 +48,12 @@ def starting_state(
         return blueprint.init_state(blueprint.init(run.seed), transform), 0
     checkpoint = open_checkpoint(run.init_from, flag="--init_from", t5x=_t5x_options(run))
     restored = restore_params(
-        checkpoint, blueprint, vocabulary=run.vocabulary, init_embedding=run.init_embedding, seed=run.seed
+        checkpoint,
+        blueprint,
+        vocabulary=run.vocabulary,
+        init_embedding=run.init_embedding,
+        init_positions=run.init_positions,
+        seed=run.seed,
     )
     if restored.left:
         _say(f"not in {run.init_from}, freshly initialised: {', '.join(restored.left)}")
@@ -78,6 +88,7 @@ def restore_params(
     *,
     vocabulary: Any = None,
     init_embedding: str | None = None,
+    init_positions: str | None = None,
     seed: int = 0,
     include: Sequence[str] = (".*",),
     strict: bool = True,
@@ -89,6 +100,8 @@ def restore_params(
       blueprint: the model wanted.
       vocabulary: its vocabulary; None for that of `checkpoint`.
       init_embedding: how rows of tokens that `checkpoint` has not are made, see `adaptation.transplant`.
+      init_positions: "copy" to repeat the rows of learned positions, if `checkpoint` has fewer than the model wanted;
+        then what its layers see may differ, too (`_LONGER`).
       seed: of rows that are made at random.
       include: regular expressions of the names wanted.
       strict: every wanted name must be in the checkpoint with its shape and, if all are wanted, the configurations
@@ -104,8 +117,10 @@ def restore_params(
         (chosen if any(re.search(pattern, leaf.name) for pattern in include) else left).append(leaf)
     if vocabulary is not None and any(leaf.name in EMBEDDINGS for leaf in chosen):
         checkpoint = _for_vocabulary(checkpoint, vocabulary, blueprint.config.vocab_size, init_embedding, seed)
+    if init_positions == "copy":
+        checkpoint = _with_positions(checkpoint, blueprint.config.max_positions)
     if strict and not left:
-        _require_same_meaning(checkpoint, blueprint)
+        _require_same_meaning(checkpoint, blueprint, _FREE if init_positions is None else (*_FREE, *_LONGER))
     fitting = []
     for leaf in chosen:
         if all(part in checkpoint.tensors and checkpoint.tensors[part].shape == leaf.part_shape for part in leaf.parts):
@@ -149,6 +164,26 @@ def _for_vocabulary(
     return changed
 
 
+def _with_positions(checkpoint: Checkpoint, rows: int) -> Checkpoint:
+    """The checkpoint with `rows` learned positions, in its generator, too, if it has one."""
+    known = checkpoint.config.longest
+    if known is None or known > rows:
+        has = "no learned positions" if known is None else f"{known} positions, more than ModelConfig.max_positions"
+        raise UserError(
+            f"{checkpoint.origin}: has {has}, so Run.init_positions = 'copy' cannot make {rows} of them; "
+            "leave it out, and give the run the checkpoint's ModelConfig.position and max_positions."
+        )
+    if known < rows:
+        _say(f"the {known} positions of {checkpoint.origin} are repeated for {rows}")
+    tensors = {
+        name: tensor.repeated(rows) if name.endswith(POSITIONS) else tensor
+        for name, tensor in checkpoint.tensors.items()
+    }
+    return dataclasses.replace(
+        checkpoint, config=dataclasses.replace(checkpoint.config, max_positions=rows), tensors=tensors
+    )
+
+
 def _t5x_options(run: Run) -> dict[str, Any]:
     """What T5X's checkpoints do not say, the run says; their optimizer state is read only if it is wanted."""
     unsaid = ("mlp_activations", "norm_epsilon", "relative_bias_max_distance", "dropout_rate")
@@ -163,7 +198,7 @@ def _say(text: str) -> None:
         print(text)
 
 
-def _require_same_meaning(checkpoint: Checkpoint, blueprint: Blueprint) -> None:
+def _require_same_meaning(checkpoint: Checkpoint, blueprint: Blueprint, free: Sequence[str]) -> None:
     if checkpoint.model is not blueprint.model_class:
         raise UserError(
             f"{checkpoint.origin}: its model is {checkpoint.model.__name__}, this run's "
@@ -175,12 +210,15 @@ def _require_same_meaning(checkpoint: Checkpoint, blueprint: Blueprint) -> None:
         theirs[key], ours[key] = (tuple(value[key] or ()) for value in (theirs, ours))
     for config in (theirs, ours):
         config["num_kv_heads"] = config["num_kv_heads"] or config["num_heads"]
-    differing = [key for key in ours if key not in _FREE and theirs[key] != ours[key]]
+    differing = [key for key in ours if key not in free and theirs[key] != ours[key]]
     if differing:
         said = "; ".join(
             f"ModelConfig.{key} is {theirs[key]!r} there and {ours[key]!r} in this run" for key in differing
         )
-        raise UserError(f"{checkpoint.origin}: a model of another configuration: {said}. Use its configuration.")
+        mend = "Use its configuration"
+        if "max_positions" in differing and set(differing) <= set(_LONGER):
+            mend += ", or for longer texts have its positions repeated with --gin.Run.init_positions=\"'copy'\""
+        raise UserError(f"{checkpoint.origin}: a model of another configuration: {said}. {mend}.")
 
 
 def _misfit(checkpoint: Checkpoint, leaf: Leaf) -> str:

@@ -85,7 +85,7 @@ class Muon:
 
         def dimensions(names: tuple[str, ...]) -> optax.contrib.MuonDimensionNumbers | None:
             is_matrix = len(names) - (names[0] == "layers") == 2
-            if not is_matrix or "vocab" in names or "relative_bias_buckets" in names:
+            if not is_matrix or {"vocab", "positions", "relative_bias_buckets"} & set(names):
                 return None
             # Any axis that is neither of the two counts as a batch of matrices: the stacked layers.
             return optax.contrib.MuonDimensionNumbers(reduction_axis=len(names) - 2, output_axis=len(names) - 1)

@@ -4,7 +4,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import gin
 
@@ -22,6 +22,7 @@ from t5x_domain.parallel.mesh import MeshShape
 from t5x_domain.training.checkpoint import Retention
 from t5x_domain.training.optimizer import Updates
 
+_INIT = ("init_from", "init_embedding", "init_positions", "init_optimizer")
 _LOSSES = ("language_model_loss", "replaced_token_detection_loss", "denoising_with_detection_loss")
 
 
@@ -50,6 +51,9 @@ class Run:
         converted folder, a Hugging Face folder, or a T5X checkpoint.
       init_embedding: how tokens that the model of `init_from` has not get their rows, "mean" or "random" (see
         `adaptation.transplant`); None if it has to have the same vocabulary.
+      init_positions: "copy" for a model that reads longer texts than that of `init_from`: the rows of its learned
+        positions are repeated until there are `ModelConfig.max_positions` (Longformer: Beltagy et al. 2020, section 5),
+        and layers may see another part of the text (see `training.initial`); None if all has to be the same.
       init_optimizer: go on from the step and with the second moments of Adafactor of a T5X checkpoint.
       export_on_finish: a folder for the trained model as Hugging Face users load it; None for none.
       train_split, eval_split: splits of the cache.
@@ -78,6 +82,7 @@ class Run:
     seed: int = 0
     init_from: str | None = None
     init_embedding: str | None = None
+    init_positions: Literal["copy"] | None = None
     init_optimizer: bool = False
     export_on_finish: str | None = None
     train_split: str = "train"
@@ -104,6 +109,13 @@ class Run:
             )
         if self.init_embedding not in (None, "mean", "random"):
             raise UserError(f"Run.init_embedding = {self.init_embedding!r}: choose 'mean' or 'random', or None.")
+        if self.init_positions not in (None, "copy"):
+            raise UserError(f"Run.init_positions = {self.init_positions!r}: choose 'copy' or None.")
+        if self.init_positions == "copy" and self.config.longest is None:
+            raise UserError(
+                "Run.init_positions = 'copy' is for learned positions, of which there are none with "
+                f"ModelConfig.position = {self.config.position!r}; leave it out."
+            )
         if self.export_on_finish is not None:  # what cannot be exported is to be said before it is trained
             require_exportable(*remaining_model(self.model, self.config), self.vocabulary, self.prefix_lm)
 
@@ -126,7 +138,7 @@ class Run:
             "Run.packing": self.packing,
             "Run.batch_size": self.batch_size,
             "Run.seed": self.seed,
-            **{f"Run.{key}": getattr(self, key) for key in ("init_from", "init_embedding", "init_optimizer")},
+            **{f"Run.{key}": getattr(self, key) for key in _INIT},
             "Updates.optimizer": repr(self.updates.optimizer),
             "Updates.groups": self.updates.groups and {p: repr(g.optimizer) for p, g in self.updates.groups.items()},
             "Updates.freeze": list(self.updates.freeze),

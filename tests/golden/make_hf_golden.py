@@ -4,10 +4,11 @@ Each holds the float32 weights of a tiny random Hugging Face model, token ids wi
 of them. Run it in an environment of its own, Python 3.11 with torch 2.13 and transformers 5.23:
 
     pip install torch==2.13.0 transformers==5.23.0
-    python tests/golden/make_hf_golden.py
+    python tests/golden/make_hf_golden.py [NAME …]
 """
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -144,14 +145,64 @@ def modernbert(rng: np.random.Generator) -> tuple[hf.PreTrainedModel, dict]:
     return model, one_stack(model, rng, "last_hidden_state")
 
 
-def randomise(model: hf.PreTrainedModel, rng: np.random.Generator) -> None:
-    """Sets every parameter, so that no norm is at its trivial start and no initialiser of torch matters."""
+BERT = {
+    "vocab_size": VOCAB_SIZE, "hidden_size": EMBED_DIM, "intermediate_size": MLP_DIM, "num_attention_heads": HEADS,
+    "num_hidden_layers": 3, "pad_token_id": 0, "eos_token_id": 1, "layer_norm_eps": 1e-5,
+    "attention_probs_dropout_prob": 0.0,
+}  # fmt: skip
+
+
+def electra(rng: np.random.Generator, *, embedding_size: int) -> tuple[hf.PreTrainedModel, dict]:
+    """With its embedding projected or not."""
+    act = "gelu" if embedding_size == EMBED_DIM else "gelu_new"
+    config = hf.ElectraConfig(**BERT, embedding_size=embedding_size, hidden_act=act, max_position_embeddings=24)
+    model = hf.ElectraModel(config)
+    randomise(model, rng, coarse=True)
+    without_biases(model)
+    return model, one_stack(model, rng, "last_hidden_state")
+
+
+def longformer(rng: np.random.Generator) -> tuple[hf.PreTrainedModel, dict]:
+    """Without global tokens, and with the first one global; projections of both kinds are the same."""
+    config = hf.LongformerConfig(
+        **BERT, attention_window=[6] * 3, max_position_embeddings=25, bos_token_id=None, sep_token_id=1
+    )
+    model = hf.LongformerModel(config, add_pooling_layer=False)
+    randomise(model, rng, coarse=True)
+    without_biases(model)
+    model.embeddings.position_embeddings.weight.data[0] = 0  # of padding
+    for layer in model.encoder.layer:
+        for name in ("query", "key", "value"):
+            usual, of_global = (getattr(layer.attention.self, f"{name}{kind}") for kind in ("", "_global"))
+            of_global.weight.data = usual.weight.data.clone()
+    arrays = one_stack(model, rng, "last_hidden_state")
+    tensors = {key: torch.tensor(arrays[key], dtype=torch.long) for key in ("input_ids", "attention_mask")}
+    first = torch.zeros_like(tensors["input_ids"])
+    first[:, 0] = 1
+    with torch.no_grad():
+        arrays["expected_first_global"] = model(**tensors, global_attention_mask=first).last_hidden_state.numpy()
+    return model, arrays
+
+
+def without_biases(model: hf.PreTrainedModel) -> None:
+    """Zeros where our models have nothing."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias") or "token_type" in name:
+            parameter.data.zero_()
+
+
+def randomise(model: hf.PreTrainedModel, rng: np.random.Generator, *, coarse: bool = False) -> None:
+    """Sets every parameter, so that no norm is at its trivial start and no initialiser of torch matters.
+
+    Coarse ones are multiples of 1/64, which take half the room in a file.
+    """
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1:  # a norm, around the value at which it does nothing
             values = float(parameter.mean() > 0.5) + 0.3 * rng.standard_normal(parameter.shape)
         else:
             std = 0.7 if "relative" in name or "embed" in name or "shared" in name else parameter.shape[-1] ** -0.5
             values = std * rng.standard_normal(parameter.shape)
+        values = np.round(64 * values) / 64 if coarse else values
         parameter.data = torch.tensor(values, dtype=torch.float32)
     model.tie_weights = lambda *_, **__: None
     model.set_attn_implementation("eager")
@@ -205,12 +256,17 @@ MODELS = {
     "mt5": mt5,
     "ul2": ul2,
     "longt5": longt5,
+    "electra": lambda rng: electra(rng, embedding_size=EMBED_DIM),
+    "electra_narrow": lambda rng: electra(rng, embedding_size=10),
+    "longformer": longformer,
 }
 
 
-def main() -> None:
-    """Writes one file for each of `MODELS`, beside this script."""
+def main(*chosen: str) -> None:
+    """Writes one file for each of `MODELS`, or of those chosen, beside this script."""
     for seed, (name, make) in enumerate(MODELS.items()):
+        if chosen and name not in chosen:
+            continue
         model, arrays = make(np.random.default_rng(seed))
         # named_parameters() names shared weights once.
         weights = {f"weights/{key}": value.detach().numpy() for key, value in model.named_parameters()}
@@ -220,4 +276,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

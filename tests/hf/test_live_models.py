@@ -36,6 +36,19 @@ LLAMA = {
     "attention_scale": "head_dim",
     "rope_base": 500.0,
 }
+ELECTRA = {
+    **SMALL,
+    "num_encoder_layers": 3,
+    "num_decoder_layers": 0,
+    "mlp_activations": ("gelu_exact",),
+    "norm": "layernorm",
+    "norm_placement": "post",
+    "embedding_norm": True,
+    "position": "learned",
+    "max_positions": 300,
+    "attention_scale": "head_dim",
+    "tie_embeddings": True,
+}
 OURS = {
     "t5_1_0": (EncoderDecoder, {**T5, "mlp_activations": ("relu",), "tie_embeddings": True, "scale_logits": True}),
     "t5_1_1": (EncoderDecoder, T5),
@@ -47,6 +60,9 @@ OURS = {
         EncoderOnly,
         {**T5, "num_decoder_layers": 0, "tie_embeddings": True, "relative_bias_per_layer": True},
     ),
+    "electra": (EncoderOnly, ELECTRA),
+    "electra_narrow": (EncoderOnly, {**ELECTRA, "embedding_dim": 12, "mlp_activations": ("gelu",)}),
+    "longformer": (EncoderOnly, {**ELECTRA, "layer_pattern": ("local",), "local_window": 16}),
     "llama": (DecoderOnly, LLAMA),
     "llama_tied": (DecoderOnly, {**LLAMA, "tie_embeddings": True, "num_kv_heads": None}),
 }
@@ -96,6 +112,17 @@ def test_what_is_written_computes_the_same_there(tmp_path, name, max_shard_bytes
     write_checkpoint(checkpoint, str(tmp_path / "hf"), "huggingface")
     assert (tmp_path / "hf" / "model.safetensors.index.json").exists() == bool(max_shard_bytes)
     compare(checkpoint, str(tmp_path / "hf"), PYTHON)
+
+
+@pytest.mark.parametrize("name", ["electra", "longformer"])
+def test_auto_classes_load_the_folder(tmp_path, name):
+    """The tokenizer of bytes and the model, as a user gets them by the folder's name."""
+    write_checkpoint(random_checkpoint(name), str(tmp_path / "hf"), "huggingface")
+    transformers("embed", tmp_path / "hf", tmp_path / "states.json")
+    made = json.loads((tmp_path / "states.json").read_text())
+    assert made["ids"] == [[107, 104, 100, 117, 119, 1], [111, 108, 121, 104, 117, 1]]  # "heart", "liver" and EOS
+    assert made["shape"] == [2, 6, 32]
+    assert made["longest"] == 300
 
 
 @pytest.mark.skipif(not FLAN, reason="FLAN_T5_SMALL names no folder")

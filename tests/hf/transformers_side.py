@@ -2,6 +2,7 @@
 
 python transformers_side.py make FOLDER                       # small random models, as save_pretrained writes them
 python transformers_side.py generate FOLDER TEXTS OUTPUTS     # greedy and beam search from a folder
+python transformers_side.py embed FOLDER OUTPUTS              # what the tokenizer and the encoder of a folder give
 """
 
 import json
@@ -75,5 +76,17 @@ def generate(folder: str, texts_file: str, outputs_file: str) -> None:
     Path(outputs_file).write_text(json.dumps(outputs), encoding="utf-8")
 
 
+def embed(folder: str, outputs_file: str) -> None:
+    """Ids of two words, the shape of their states, and how long a text the tokenizer leaves whole."""
+    tokenizer, model = hf.AutoTokenizer.from_pretrained(folder), hf.AutoModel.from_pretrained(folder)
+    inputs = tokenizer(["heart", "liver"], return_tensors="pt")
+    outputs = {
+        "ids": inputs.input_ids.tolist(),
+        "shape": list(model(**inputs).last_hidden_state.shape),
+        "longest": tokenizer.model_max_length,
+    }
+    Path(outputs_file).write_text(json.dumps(outputs), encoding="utf-8")
+
+
 if __name__ == "__main__":
-    {"make": make, "generate": generate}[sys.argv[1]](*sys.argv[2:])
+    {"make": make, "generate": generate, "embed": embed}[sys.argv[1]](*sys.argv[2:])

@@ -9,8 +9,11 @@ import gin
 import pytest
 from flax import nnx
 
-import t5x_domain.models.rtd  # noqa: F401, so that gin knows the models
 from t5x_domain.cli import load_gin
+from t5x_domain.conversion.huggingface_config import write_config
+from t5x_domain.conversion.rtd import remaining_model
+from t5x_domain.models.config import ModelConfig
+from t5x_domain.models.rtd import ReplacedTokenDetection
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted(ROOT.glob("gin/models/*.gin"))
@@ -47,14 +50,36 @@ def test_count_of_what_replaced_token_detection_leaves(path):
 
 
 def test_electra_small_count_by_hand():
-    """Of width 256 and 64: attention (4 D D), feed-forward (2 D F), 2 norms a layer, a norm before and after all, bias
-    tables of 32 buckets; projections from 128; a head (D D, D + 1); one table of embeddings."""
+    """Of width 256 and 64: attention (4 D D), feed-forward (2 D F) and 2 norms a layer; of width 128: positions, their
+    norm and a projection; a head (D D, D + 1); one table of embeddings."""
 
-    def encoder(dim: int, heads: int) -> int:
-        return 12 * (4 * dim**2 + 2 * dim * 4 * dim + 2 * dim) + 2 * dim + 32 * heads + 128 * dim
+    def encoder(dim: int) -> int:
+        return 12 * (4 * dim**2 + 2 * dim * 4 * dim + 2 * dim) + 512 * 128 + 128 + 128 * dim
 
-    both, head = encoder(256, 4) + encoder(64, 1), 256**2 + 256 + 1
-    assert 30592 * 128 + both + head == 14_058_017
+    head = 256**2 + 256 + 1
+    assert 30592 * 128 + encoder(256) + encoder(64) + head == 14_188_545
+
+
+def test_budget_longformer_base_count_by_hand():
+    """Published are 159M: what remains here, a query, key and value map (3 D D) of global tokens in each layer, biases
+    (of 7 maps of attention, 2 of the feed-forward layer, 2 norms) and a pooler."""
+    dim, layers = 768, 12
+    remaining = (64_000 + 4096) * dim + dim + layers * (12 * dim**2 + 2 * dim)
+    assert remaining == 137_251_584
+    biases = layers * (7 * dim + 5 * dim + 2 * dim) + dim
+    assert round((remaining + layers * 3 * dim**2 + biases + dim**2 + dim) / 1e6) == 159
+
+
+@pytest.mark.parametrize(
+    "family", ["electra_small", "electra_base", "budget_longformer_small", "budget_longformer_base"]
+)
+def test_what_remains_exports(family):
+    """No option of these presets is beyond transformers' class of that name."""
+    load_gin([str(ROOT / f"gin/models/{family}-like.gin")], [])
+    config = gin.get_configurable(ModelConfig)()
+    gin.clear_config()
+    content = write_config(*remaining_model(ReplacedTokenDetection, config), dtype="float32")
+    assert content["model_type"] == ("electra" if "electra" in family else "longformer")
 
 
 def test_t5_1_1_small_shapes():

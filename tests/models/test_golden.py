@@ -228,4 +228,5 @@ def test_the_bound_sees_a_wrong_epsilon():
 
 
 def test_golden_files_are_small():
-    assert sum(path.stat().st_size for path in GOLDEN.glob("*.npz")) < 1_000_000
+    """Each of them, so that there may be one for every family."""
+    assert max(path.stat().st_size for path in GOLDEN.glob("*.npz")) < 115_000

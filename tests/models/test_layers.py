@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from t5x_domain.errors import UserError
 from t5x_domain.models.config import ModelConfig
 from t5x_domain.models.layers import ACTIVATIONS, Embedding, Mlp, Norm, dropout, rotate
 
@@ -119,3 +120,52 @@ def test_tied_embedding_has_no_second_table():
     np.testing.assert_array_equal(tied.output_kernel(tied.embedding[...]), tied.embedding[...])
     free = Embedding(config(), rngs=nnx.Rngs(0))
     assert (free.output_kernel(free.embedding[...]) != free.embedding[...]).any()
+
+
+class TestLearnedPositions:
+    """Of an embedding that is narrower than the model: ELECTRA's order (Clark et al. 2020)."""
+
+    NARROW = {
+        "embedding_dim": 2,
+        "position": "learned",
+        "max_positions": 3,
+        "embedding_norm": True,
+        "norm": "layernorm",
+    }
+
+    @pytest.fixture
+    def embedding(self):
+        embedding = Embedding(config(**self.NARROW), rngs=nnx.Rngs(0))
+        embedding.embedding[...] = jnp.tile(jnp.array([5.0, 1.0]), (50, 1))
+        embedding.positions[...] = jnp.array([[0.0, 0.0], [0.0, 8.0], [0.0, 0.0]])
+        embedding.projection.kernel[...] = jnp.array([[1.0, 2.0, 3.0, 4.0], [0.0, 0.0, 0.0, 1.0]])
+        return embedding
+
+    def test_by_hand(self, embedding):
+        """(5, 1) has LayerNorm (1, -1); (5, 1) + (0, 8) has (-1, 1); then the projection."""
+        np.testing.assert_array_equal(
+            embedding(jnp.zeros((1, 2), int), embedding.embedding[...])[0], [[1, 2, 3, 3], [-1, -2, -3, -3]]
+        )
+        assert embedding.norm.scale.shape == (2,)
+
+    def test_they_restart_with_each_text(self, embedding):
+        positions = jnp.array([[1, 0, 1]])
+        found = embedding(jnp.zeros((1, 3), int), embedding.embedding[...], positions)[0]
+        np.testing.assert_array_equal(found[0], found[2])
+        np.testing.assert_array_equal(found[0], -found[1])
+
+    def test_dropout_is_before_the_projection(self, embedding):
+        """What it drops is one of two dimensions: (1, -1) becomes (2, 0), (0, -2) or (0, 0) of rate 1/2."""
+        embedding.config = config(**self.NARROW, dropout_rate=0.5)
+        rows = np.asarray(embedding(jnp.zeros((30, 1), int), embedding.embedding[...], rng=jax.random.key(0)))[:, 0]
+        wanted = {(0, 0, 0, 0), (2, 4, 6, 8), (0, 0, 0, -2), (2, 4, 6, 6)}
+        assert {tuple(row) for row in rows.tolist()} == wanted
+
+    def test_a_row_too_long_is_refused(self, embedding):
+        with pytest.raises(UserError, match=r"ModelConfig.max_positions = 3: .* a row of 4; take shorter rows"):
+            jax.eval_shape(embedding, jnp.zeros((1, 4), int), embedding.embedding[...])
+
+    def test_a_scaled_embedding_is_scaled_before_they_are_added(self):
+        embedding = Embedding(config(position="learned", scale_embedding=True), rngs=nnx.Rngs(0))
+        found = embedding(jnp.array([[7, 7]]), embedding.embedding[...])[0]
+        np.testing.assert_allclose(found, 2 * embedding.embedding[7] + embedding.positions[:2], rtol=4 * EPS)

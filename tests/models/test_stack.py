@@ -15,6 +15,7 @@ SHAPES = {
     "bias per layer": (2, {"relative_bias_per_layer": True}),
     "pattern with remainder": (5, {"layer_pattern": ("local", "global"), "local_window": 2}),
     "shorter than the pattern": (1, {"layer_pattern": ("local", "global"), "local_window": 2}),
+    "post-norm": (2, {"norm_placement": "post", "norm": "layernorm"}),
     "rope, norms after": (2, {"position": "rope", "norm_placement": "pre_post", "rope_base_local": 5.0,
                               "layer_pattern": ("local",), "local_window": 2}),
 }  # fmt: skip
@@ -142,8 +143,8 @@ def test_every_layer_drops_something_else():
         patch.setattr("t5x_domain.models.layers.dropout", spy)
         unrolled = make(3, causal=True, scan_layers=False, dropout_rate=0.5)
         unrolled(**inputs(), rng=jax.random.key(0))
-    # Embedding, output, and in each of three layers: self-attention, cross-attention, inside and after the mlp.
-    assert len({tuple(jax.random.key_data(key).tolist()) for key in keys}) == len(keys) == 2 + 3 * 4
+    # Output, and in each of three layers: self-attention, cross-attention, inside and after the mlp.
+    assert len({tuple(jax.random.key_data(key).tolist()) for key in keys}) == len(keys) == 1 + 3 * 4
 
 
 @pytest.mark.parametrize("scan_layers", [True, False])
@@ -153,3 +154,17 @@ def test_every_axis_of_every_parameter_has_a_name(scan_layers):
     for path, param in nnx.to_flat_state(nnx.state(stack)):
         assert len(param.logical_axes) == param.ndim, path
         assert (param.logical_axes[0] == "layers") == (path[0] == "layers"), path
+
+
+def test_a_post_norm_layer_by_hand():
+    """Devlin et al. 2019: every sub-layer gives norm(x + f(x)), and nothing follows the last."""
+    stack = make(1, causal=False, norm_placement="post", scan_layers=False)
+    x = inputs()["x"]
+    (block,) = stack.rest.blocks
+    plans, bias = stack.plans(x, None), stack.relative_bias()
+    attended = block.self_attention.inner(x, plan=plans["global"], relative_bias=bias)
+    middle = block.self_attention.norm(x + attended)
+    wanted = block.mlp.norm(middle + block.mlp.inner(middle))
+    np.testing.assert_allclose(stack(x), wanted, rtol=0, atol=1e-12)
+    assert stack.norm is None
+    np.testing.assert_allclose(jnp.square(stack(x)).mean(axis=-1), 1, atol=1e-5)  # RMSNorm of scale 1, and epsilon

@@ -69,7 +69,7 @@ def test_adafactor_first_step_by_hand():
 
 
 def test_muon_orthogonalises_matrices_in_layers_and_leaves_the_rest_to_adam():
-    plan = blueprint()
+    plan = blueprint(config=dataclasses.replace(CONFIG, position="learned"))
     params, gradients = random_like(plan.shapes, 0), random_like(plan.shapes, 1)
     transform = Updates(Muon(), constant(1.0)).build(plan.axes)
     updates = named(transform.update(gradients, transform.init(params), params)[0])
@@ -80,8 +80,9 @@ def test_muon_orthogonalises_matrices_in_layers_and_leaves_the_rest_to_adam():
     assert singular.max() < 2 * singular.min()
     # Nesterov's Adam looks one step ahead: its first update is b1 (1 - b1) / (1 - b1^2) + 1 wherever the gradient
     # is large against epsilon = 1e-8 (Dozat 2016).
-    adam, large = updates["embedding/embedding"], np.abs(named(gradients)["embedding/embedding"]) > 1e-3
-    np.testing.assert_allclose(np.abs(adam)[large], 1 + 0.9 * 0.1 / (1 - 0.81), rtol=2e-5)
+    for name in ("embedding/embedding", "embedding/positions"):
+        adam, large = updates[name], np.abs(named(gradients)[name]) > 1e-3
+        np.testing.assert_allclose(np.abs(adam)[large], 1 + 0.9 * 0.1 / (1 - 0.81), rtol=2e-5)
 
 
 def test_weight_decay_spares_norms_and_bias_and_freezing_holds():
