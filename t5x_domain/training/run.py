@@ -18,11 +18,12 @@ from t5x_domain.files import changed_keys, write_atomically
 from t5x_domain.models.assemblies import DecoderOnly, LanguageModel
 from t5x_domain.models.config import ModelConfig
 from t5x_domain.objectives.losses import language_model_loss
+from t5x_domain.objectives.rtd import replaced_token_detection_loss
 from t5x_domain.parallel.mesh import MeshShape
 from t5x_domain.training.checkpoint import Retention
 from t5x_domain.training.optimizer import Updates
 
-_LOSSES = ("language_model_loss", "replaced_token_detection_loss")
+_LOSSES = (language_model_loss, replaced_token_detection_loss)
 
 
 @gin.configurable
@@ -130,7 +131,8 @@ class Run:
             "Updates.optimizer": repr(self.updates.optimizer),
             "Updates.groups": self.updates.groups and {p: repr(g.optimizer) for p, g in self.updates.groups.items()},
             "Updates.freeze": list(self.updates.freeze),
-            **{f"{name} bindings": gin.get_bindings(name) for name in ("Batches", *_LOSSES)},
+            "Batches bindings": gin.get_bindings("Batches"),
+            **{f"{loss.__name__} bindings": gin.get_bindings(loss) for loss in _LOSSES},
         }
         return json.loads(json.dumps(described, default=repr))
 
