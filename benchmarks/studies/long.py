@@ -7,14 +7,14 @@
 
 The first takes about half an hour on two cores. Records have `text`, `source`, `title` and a number in `id`.
 
-Cost: seconds of a train step on one row, and the memory it is compiled for, by length, with attention in a window of 128
-on either side ("window"), to all ("full"), and with every third layer of the second kind ("mixed", as ModernBERT has it:
-Warner et al. 2024, section 2.1.2). Kinds take turns in each round, ratios are taken within rounds.
+Cost: seconds of a train step on one row, and the memory it is compiled for, by length, with attention in a window of
+128 on either side ("window"), to all ("full"), and with every third layer of the second kind ("mixed", as ModernBERT
+has it: Warner et al. 2024, section 2.1.2). Kinds take turns in each round, ratios are taken within rounds.
 
-Loss: encoders of one shape learn masked language modeling from the same long documents, with rows of 512, 2,048 or 8,192
-tokens and as many tokens in every step. All are asked for the same masked tokens of the same held-out documents: those of
-the last 511 before an end that has 8,191 tokens before it, each model with as many of them as its rows held. What is
-masked is drawn once, so a longer context adds text on the left and changes nothing else.
+Loss: encoders of one shape learn masked language modeling from the same long documents, with rows of 512, 2,048 or
+8,192 tokens and as many tokens in every step. All are asked for the same masked tokens of the same held-out documents:
+those of the last 511 before an end that has 8,191 tokens before it, each model with as many of them as its rows held.
+What is masked is drawn once, so a longer context adds text on the left and changes nothing else.
 """
 
 import dataclasses
@@ -39,7 +39,6 @@ from t5x_domain.errors import UserError
 from t5x_domain.models.assemblies import EncoderOnly
 from t5x_domain.models.config import ModelConfig
 from t5x_domain.objectives.masked_lm import MaskedLM
-from t5x_domain.parallel.mesh import MeshShape
 from t5x_domain.training.checkpoint import Retention
 from t5x_domain.training.feed import LAYOUTS
 from t5x_domain.training.loop import open_trained, train

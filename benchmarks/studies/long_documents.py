@@ -45,12 +45,15 @@ def records(path):
 
 
 def parts_of_books(path, characters):
-    """Consecutive sections of each book, put together until they are long enough; what is left at its end is lost."""
+    """Consecutive sections of each book, put together until they are long enough.
+
+    What is left at a book's end is lost, and so are sections without a number, as an epilogue.
+    """
     books = {}
     for record in records(path):
-        if record["source"] in BOOKS:
-            number = int(re.findall(r"\d+", record["id"])[-1])
-            books.setdefault((record["source"], record.get("title", "")), []).append((number, record["text"]))
+        number = re.search(r"(\d+)\D*$", record["id"])
+        if record["source"] in BOOKS and number:
+            books.setdefault((record["source"], record["title"]), []).append((int(number[1]), record["text"]))
     for _, sections in sorted(books.items()):
         part = ""
         for _, text in sorted(sections):

@@ -151,7 +151,7 @@ def loss_table(loss, lengths):
             "corpus, attention, tokens in a row",
             "nats",
             "− shortest rows",
-            "longest rows' model, so much context",
+            "longest rows, so much context",
             "longer",
         ],
         [
@@ -189,8 +189,8 @@ def page(report):
 {cost_table(cost)}
 
 Median seconds of a train step (forward, backward, update) on one row, ratios within rounds, and the temporary arrays
-that the step is compiled for. Slopes of log time over log length: {slopes}; between the last two lengths: {last}. A slope
-of 1 is linear, 2 quadratic.
+that the step is compiled for. Slopes of log time over log length: {slopes}; between the last two lengths: {last}. A
+slope of 1 is linear, 2 quadratic.
 
 ## Held-out loss
 
@@ -198,7 +198,7 @@ of 1 is linear, 2 quadratic.
 
 Nats a masked token, mean over documents ({documents}); ± is half of the 95 % confidence interval after Student. The
 third column is paired by document with the rows of {min(setting["lengths"])} tokens. The fourth asks the model of the
-longest rows with less text on the left, minus the same model with all of it: above 0, it uses what stands that far away.
+longest rows with less text on the left, minus the same model with all of it: above 0, it uses what stands that far off.
 "Longer" holds, or is reversed, if the interval of the third column excludes 0.
 
 ## Setup
