@@ -56,16 +56,16 @@ class Setting:
     """Sizes; `tokens` of a step are rows x length, `documents` at most are taken of a corpus, `stretches` at most are
     scored of a held-out one."""
 
-    steps: int = 400
+    steps: int = 240
     tokens: int = 8192
     lengths: tuple[int, ...] = (512, 2048, 8192)
     kinds: tuple[str, ...] = ("window", "mixed")
     seeds: int = 1
     documents: int = 400
-    stretches: int = 4
+    stretches: int = 2
     cost_lengths: tuple[int, ...] = (512, 1024, 2048, 4096, 8192, 16384)
     rounds: int = 3
-    vocabulary: int = 8000
+    vocabulary: int = 4000
     embed_dim: int = 128
     heads: int = 2
     layers: int = 3
@@ -73,12 +73,31 @@ class Setting:
     dtype: str = "float32"
 
 
-SMOKE = {"lengths": (512, 1024), "cost_lengths": (512, 1024), "vocabulary": 1000, "embed_dim": 32, "heads": 1}
-GPU = {"steps": 4000, "tokens": 65536, "seeds": 3, "embed_dim": 512, "heads": 8, "layers": 12, "dtype": "bfloat16"}
 SETTINGS = {
-    "smoke": Setting(steps=4, tokens=1024, documents=20, stretches=2, rounds=2, **SMOKE),
+    "smoke": Setting(
+        steps=4,
+        tokens=1024,
+        lengths=(512, 1024),
+        documents=20,
+        cost_lengths=(512, 1024),
+        rounds=2,
+        vocabulary=1000,
+        embed_dim=32,
+        heads=1,
+    ),
     "small": Setting(),
-    "gpu": Setting(documents=4000, **GPU),
+    "gpu": Setting(
+        steps=4000,
+        tokens=65536,
+        seeds=3,
+        documents=4000,
+        stretches=4,
+        vocabulary=8000,
+        embed_dim=512,
+        heads=8,
+        layers=12,
+        dtype="bfloat16",
+    ),
 }
 
 
