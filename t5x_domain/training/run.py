@@ -17,13 +17,15 @@ from t5x_domain.errors import UserError
 from t5x_domain.files import changed_keys, write_atomically
 from t5x_domain.models.assemblies import DecoderOnly, LanguageModel
 from t5x_domain.models.config import ModelConfig
+from t5x_domain.objectives.auxiliary_detection import denoising_with_detection_loss
 from t5x_domain.objectives.losses import language_model_loss
+from t5x_domain.objectives.rtd import replaced_token_detection_loss
 from t5x_domain.parallel.mesh import MeshShape
 from t5x_domain.training.checkpoint import Retention
 from t5x_domain.training.optimizer import Updates
 
 _INIT = ("init_from", "init_embedding", "init_positions", "init_optimizer")
-_LOSSES = ("language_model_loss", "replaced_token_detection_loss", "denoising_with_detection_loss")
+_LOSSES = (language_model_loss, replaced_token_detection_loss, denoising_with_detection_loss)
 
 
 @gin.configurable
@@ -142,7 +144,8 @@ class Run:
             "Updates.optimizer": repr(self.updates.optimizer),
             "Updates.groups": self.updates.groups and {p: repr(g.optimizer) for p, g in self.updates.groups.items()},
             "Updates.freeze": list(self.updates.freeze),
-            **{f"{name} bindings": _bindings(name) for name in ("Batches", *_LOSSES)},
+            "Batches bindings": gin.get_bindings("Batches"),
+            **{f"{loss.__name__} bindings": _bindings(loss) for loss in _LOSSES},
         }
         return json.loads(json.dumps(described, default=repr))
 
@@ -183,9 +186,9 @@ class Run:
         return folder
 
 
-def _bindings(name: str) -> dict[str, Any]:
+def _bindings(loss: Callable[..., Any]) -> dict[str, Any]:
     """Of a schedule only that it is one: like the learning rate's, it may be changed while a run stands still."""
-    return {key: "a schedule" if callable(value) else value for key, value in gin.get_bindings(name).items()}
+    return {key: "a schedule" if callable(value) else value for key, value in gin.get_bindings(loss).items()}
 
 
 def _has_begun(folder: Path) -> bool:
