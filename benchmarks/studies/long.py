@@ -5,7 +5,7 @@
     python benchmarks/studies/long.py --software FILE.jsonl.gz --general FILE.jsonl.gz --setting gpu --gpu
     python benchmarks/studies/long.py --software FILE.jsonl.gz --general FILE.jsonl.gz --report_only
 
-The first takes about half an hour on two cores. Records have `text`, `source`, `title` and a number in `id`.
+The first takes about a quarter of an hour on two cores. Records have `text`, `source`, `title` and a number in `id`.
 
 Cost: seconds of a train step on one row, and the memory it is compiled for, by length, with attention in a window of
 128 on either side ("window"), in a window with global tokens, the first and LongT5's transient ones of each 16 tokens
@@ -56,7 +56,7 @@ class Setting:
     """Sizes; `tokens` of a step are rows x length, `documents` at most are taken of a corpus, `stretches` at most are
     scored of a held-out one."""
 
-    steps: int = 240
+    steps: int = 160
     tokens: int = 8192
     lengths: tuple[int, ...] = (512, 2048, 8192)
     kinds: tuple[str, ...] = ("blocks",)
