@@ -84,7 +84,8 @@ SETTINGS = {
         evaluations=2,
         seeds=2,
         examples=64,
-        task_epochs=2,
+        task_seeds=1,
+        task_epochs=1,
     ),
     "small": Setting(),
     "gpu": Setting(  # the shape of ELECTRA small: Clark et al. 2020, table 6
@@ -180,9 +181,7 @@ class Study:
 
     def run(self, arm, seed):
         setting, steps = self.setting, self.steps(arm)
-        detect = functools.partial(
-            replaced_token_detection_loss, masked_only=arm == "rtd_masked", max_share=MAX_SHARE
-        )
+        detect = functools.partial(replaced_token_detection_loss, masked_only=arm == "rtd_masked", max_share=MAX_SHARE)
         return Run(
             run_dir=self.model(arm, seed),
             model=EncoderOnly if arm == "mlm" else ReplacedTokenDetection,
