@@ -184,7 +184,8 @@ def _setup(report):
             f"tested; {setting['task_epochs']:g} epochs, rows of {setting['task_length']} tokens, "
             f"{setting['task_rows']} in an update, peak {setting['task_learning_rate']:g}; the best epoch by "
             "validation macro-F1. TF-IDF reads the same definitions, C = "
-            f"{report['tf_idf']['C']:g} chosen on validation. The unlabelled text holds definitions of the training split, none of the test split.",
+            f"{report['tf_idf']['C']:g} chosen on validation. The unlabelled text holds definitions of the training "
+            "split, none of the test split.",
             f"- **Machine**: {report['device']}; {versions['cpu']}, {versions['cores']} cores; Python "
             f"{versions['python']}, {', '.join(f'{name} {versions[name]}' for name in PACKAGES)}; "
             f"{report['minutes']:.0f} minutes for all jobs if done one by one.",
