@@ -58,7 +58,7 @@ class Setting:
     length: int = 128
     rows: int = 16
     steps: int = 1000
-    learning_rate: float = 1e-3
+    learning_rate: float = 1.5e-3
     warmup: float = 0.1
     evaluations: int = 10
     seeds: int = 3
