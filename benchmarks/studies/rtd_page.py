@@ -191,7 +191,7 @@ def _setup(report):
             f"- **Task**: {report['task_file']}, {examples['train']:,} definitions to learn from, {examples['test']:,} "
             f"tested; {setting['task_epochs']:g} epochs, rows of {setting['task_length']} tokens, "
             f"{setting['task_rows']} in an update, peak {setting['task_learning_rate']:g}; the best epoch by "
-            "validation macro-F1. TF-IDF reads the same definitions, C = "
+            "validation macro-F1. TF-IDF reads the same definitions, long ones uncut, C = "
             f"{report['tf_idf']['C']:g} chosen on validation. The unlabelled text holds definitions of the training "
             "split, none of the test split.",
             f"- **Machine**: {report['device']}; {versions['cpu']}, {versions['cores']} cores; Python "
