@@ -53,8 +53,10 @@ def prepare_data(study):
         most = dict.fromkeys(("train", "validation"), setting.documents)
         documents = write_records(study.path("data", "corpus.jsonl"), map(json.loads, lines), {**most, "test": 0})
     with gzip.open(study.task_file, "rt", encoding="utf-8", newline="") as lines:
-        records = csv.DictReader(lines, delimiter="\t")  # `text` is the definition without its term
-        examples = write_records(study.path("data", "task.jsonl"), records, {"train": setting.examples})
+        records = list(csv.DictReader(lines, delimiter="\t"))  # `text` is the definition without its term
+    # In the file's order, that of ids, the first ones lack a class.
+    drawn = (records[i] for i in np.random.default_rng(0).permutation(len(records)))
+    examples = write_records(study.path("data", "task.jsonl"), drawn, {"train": setting.examples})
     (cache,) = prepare(
         study.phases("mlm"),
         study.vocabulary,
