@@ -188,8 +188,8 @@ def _setup(report):
             f"- **Optimizer**: AdamW, linear schedule with a warm-up of {setting['warmup']:.0%} of the steps, peak "
             f"{setting['learning_rate']:g} in all arms, weight decay 0.01, norm clipped at 1. "
             f"{LEARNING_RATES[report['name']]}",
-            f"- **Task**: {report['task_file']}, {examples['train']:,} definitions drawn to learn from, {examples['test']:,} "
-            f"tested; {setting['task_epochs']:g} epochs, rows of {setting['task_length']} tokens, "
+            f"- **Task**: {report['task_file']}, {examples['train']:,} definitions drawn to learn from, "
+            f"{examples['test']:,} tested; {setting['task_epochs']:g} epochs, rows of {setting['task_length']} tokens, "
             f"{setting['task_rows']} in an update, peak {setting['task_learning_rate']:g}; the best epoch by "
             "validation macro-F1. TF-IDF reads the same definitions, long ones uncut, C = "
             f"{report['tf_idf']['C']:g} chosen on validation. The unlabelled text holds definitions of the training "
