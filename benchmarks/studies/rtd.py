@@ -2,7 +2,7 @@
 because every token is learnt from?
 
     python benchmarks/studies/rtd.py --corpus biomed.jsonl.gz --task mondo_body_system.tsv.gz    (two cores: an hour)
-    … --setting smoke   (two minutes, shows nothing)        … --setting gpu --gpu        … --report_only
+    … --setting smoke   (a few minutes, shows nothing)        … --setting gpu --gpu        … --report_only
 
 Clark et al. 2020, "ELECTRA" (arXiv:2003.10555), section 3.4, trace the gain to the loss over all tokens: with the loss
 at the masked ones alone ("ELECTRA 15%") most of it is gone. Encoders of one shape learn from scratch:
