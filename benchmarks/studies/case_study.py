@@ -26,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 from case_study_report import ARMS, PAIRS, write_report
-from study import ROOT, claim, kept, parser, run_jobs
+from study import ROOT, SPLITS, claim, kept, parser, run_jobs, tf_idf_baseline, write_records
 
 from t5x_domain.adaptation.finetune_config import FineTuning
 from t5x_domain.adaptation.finetuning import finetune
@@ -49,7 +49,6 @@ from t5x_domain.training.optimizer import Adafactor, AdamW, Updates
 from t5x_domain.training.run import Run
 from t5x_domain.training.schedule import constant, linear
 
-SPLITS = ("train", "validation", "test")
 RATES = {"adapted": {"domain": 0.9, "general": 0.1}, "control": {"general": 1.0}}
 CLASSIFIED = ("accuracy", "macro_f1")
 WRITTEN = ("exact_match", "token_f1", "rougeL")
@@ -201,14 +200,7 @@ def write_data(study):
 
 
 def _write(study, name, records, most):
-    counts, path = dict.fromkeys(SPLITS, 0), Path(study.path("data", f"{name}.jsonl"))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
-        for record in records:
-            if most is None or counts[record["split"]] < most:
-                counts[record["split"]] += 1
-                file.write(json.dumps(record) + "\n")
-    return {split: count for split, count in counts.items() if count}
+    return write_records(study.path("data", f"{name}.jsonl"), records, dict.fromkeys(SPLITS, most))
 
 
 def _terms(study):
@@ -255,28 +247,7 @@ def fine_tune(study, task, arm):
 
 
 def tf_idf(study):
-    """TF-IDF of words and pairs of words with logistic regression; its strength is chosen on validation items."""
-    from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-
-    task = study.tuning("body_system", "base").task
-    data = {split: task.examples(split) for split in SPLITS}
-    texts = {split: [example.inputs for example in examples] for split, examples in data.items()}
-    best = None
-    for strength in (1.0, 10.0, 100.0):
-        vectorizer = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
-        model = make_pipeline(vectorizer, LogisticRegression(C=strength, max_iter=2000))
-        model.fit(texts["train"], [example.target for example in data["train"]])
-        value = task.score(data["validation"], model.predict(texts["validation"]).tolist())["macro_f1"]
-        if best is None or value > best[0]:
-            best = value, strength, model.predict(texts["test"]).tolist()
-    ids = [example.id for example in data["test"]]
-    return {
-        "C": best[1],
-        "scores": task.score(data["test"], best[2]),
-        "predictions": dict(zip(ids, best[2], strict=True)),
-    }
+    return tf_idf_baseline(study.tuning("body_system", "base").task)
 
 
 def compare_arms(study, base, adapted):

@@ -23,6 +23,7 @@ from t5x_domain.errors import UserError
 from t5x_domain.files import changed_keys
 
 ROOT = Path(__file__).parent.parent.parent
+SPLITS = ("train", "validation", "test")
 sys.path.append(str(ROOT / "benchmarks"))  # for `common`
 # One core each: XLA's thread pools cost small models more than they give.
 _ONE_CORE = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
@@ -45,6 +46,19 @@ def write_json(path, value):
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
     partial.replace(path)
+
+
+def write_records(path, records, most):
+    """Records as JSONL, of each split that `most` {split: number} limits the first so many; {split: how many}."""
+    counts, path = dict.fromkeys(SPLITS, 0), Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        for record in records:
+            split = record["split"]
+            if most.get(split) is None or counts[split] < most[split]:
+                counts[split] += 1
+                file.write(json.dumps(record) + "\n")
+    return {split: count for split, count in counts.items() if count}
 
 
 def claim(work_dir, setting):
@@ -163,3 +177,30 @@ def shown(value, digits=3, *, signed=False):
     """'0.512 ± 0.014', or the mean alone."""
     mean = f"{value['mean']:{'+' if signed else ''}.{digits}f}".replace("-", "−")
     return mean if value["low"] is None else f"{mean} ± {value['high'] - value['mean']:.{digits}f}"
+
+
+def tf_idf_baseline(task):
+    """TF-IDF of words and pairs of words with logistic regression; its strength is chosen on validation items.
+
+    Returns `C`, and `scores` and `predictions` {id: label} of the test split of a classification task.
+    """
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+
+    data = {split: task.examples(split) for split in SPLITS}
+    texts = {split: [example.inputs for example in examples] for split, examples in data.items()}
+    best = None
+    for strength in (1.0, 10.0, 100.0):
+        vectorizer = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
+        model = make_pipeline(vectorizer, LogisticRegression(C=strength, max_iter=2000))
+        model.fit(texts["train"], [example.target for example in data["train"]])
+        value = task.score(data["validation"], model.predict(texts["validation"]).tolist())["macro_f1"]
+        if best is None or value > best[0]:
+            best = value, strength, model.predict(texts["test"]).tolist()
+    ids = [example.id for example in data["test"]]
+    return {
+        "C": best[1],
+        "scores": task.score(data["test"], best[2]),
+        "predictions": dict(zip(ids, best[2], strict=True)),
+    }
