@@ -59,7 +59,7 @@ $(TPU_VENV)/.ready: setup.py constraints.txt
 	PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt $(TPU_VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt "jax[tpu]==0.11.2" libtpu==0.0.48.1 tokamax==0.0.17 -e .
 	@touch $@
 
-# An hour or so; docs/studies/ holds what they write. case_study.py, rtd.py and synonyms.py want corpora or a model.
+# An hour or so; docs/studies/ holds what they write. case_study.py, long.py, rtd.py and synonyms.py want corpora or a model.
 studies: setup
 	$(BIN)/python benchmarks/studies/ul2_ablation.py
 	$(BIN)/python benchmarks/studies/meco.py
