@@ -299,7 +299,10 @@ def test_the_target_must_be_free(run, tmp_path, t5):
         (["--new_vocabulary=bytes"], "does not say its vocabulary"),
         (["--new_extra_ids=0"], "does not say its vocabulary"),
         (["--check", "--dtype=bfloat16"], "--check compares the result with --from, but another dtype"),
-        (["--check", "--vocab_multiple=8"], "--check compares the result with --from, but another dtype, vocabulary or decoder"),
+        (
+            ["--check", "--vocab_multiple=8"],
+            "--check compares the result with --from, but another dtype, vocabulary or decoder",
+        ),
         (["--check", "--check_python=/no/python"], "install torch and transformers there, or name an interpreter"),
         (["--check", "--check_python=/bin/false"], "install torch and transformers there, or name an interpreter"),
         (["--from_format=t5x"], "hf"),
