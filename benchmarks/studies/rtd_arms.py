@@ -64,7 +64,7 @@ class Setting:
     seeds: int = 3
     examples: int | None = 2000
     task_seeds: int = 1
-    task_epochs: float = 6
+    task_epochs: float = 4
     task_length: int = 64
     task_rows: int = 32
     task_learning_rate: float = 1e-3
