@@ -184,8 +184,8 @@ def _setup(report):
             "discriminator, attention in full, the backward pass twice the forward pass, sampling's logits once more. "
             f"Logits are computed at {MAX_SHARE:.0%} of the positions in all arms, `mlm` included. XLA's own count of "
             "the compiled updates is within 3 % of the formula (small setting, layers unrolled). Seconds are those of "
-            "whole pretraining jobs with compilation and evaluation; on CPUs each job has one core, which other work may "
-            "have shared: they say what was waited, not what an arm costs.",
+            "whole pretraining jobs with compilation and evaluation; on CPUs each job has one core, which other work "
+            "may have shared: they say what was waited, not what an arm costs.",
             f"- **Optimizer**: AdamW, linear schedule with a warm-up of {setting['warmup']:.0%} of the steps, peak "
             f"{setting['learning_rate']:g} in all arms, weight decay 0.01, norm clipped at 1. "
             f"{LEARNING_RATES[report['name']]}",
