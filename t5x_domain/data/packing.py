@@ -76,7 +76,8 @@ class Layout(abc.ABC):
             )
         raise UserError(
             f"Run.model = {type(self).__name__} predicts with its decoder, but '{objective.name}' predicts tokens "
-            "where they stand in an encoder; set MODEL = @EncoderOnly, or learn denoisers (gin/mixtures/denoisers.gin)."
+            "where they stand in an encoder; set MODEL = @EncoderOnly or @ReplacedTokenDetection, or learn denoisers "
+            "(gin/mixtures/denoisers.gin)."
         )
 
     @abc.abstractmethod

@@ -25,7 +25,7 @@ from t5x_domain.training.state import Blueprint, TrainState
 
 # What a run may decide for itself.
 _FREE = ("vocab_size", "dropout_rate", *ModelConfig.HOW)
-# What else it may with Run.init_positions = "copy": which part of a longer text the same parameters see.
+# What else it may with Run.init_longer: which part of a longer text the same parameters see.
 _LONGER = (
     *("max_positions", "layer_pattern", "local_window"),
     *("global_tokens", "global_blocks", "global_block_size"),
@@ -52,7 +52,7 @@ def starting_state(
         blueprint,
         vocabulary=run.vocabulary,
         init_embedding=run.init_embedding,
-        init_positions=run.init_positions,
+        init_longer=run.init_longer,
         seed=run.seed,
     )
     if restored.left:
@@ -88,7 +88,7 @@ def restore_params(
     *,
     vocabulary: Any = None,
     init_embedding: str | None = None,
-    init_positions: str | None = None,
+    init_longer: bool = False,
     seed: int = 0,
     include: Sequence[str] = (".*",),
     strict: bool = True,
@@ -100,8 +100,8 @@ def restore_params(
       blueprint: the model wanted.
       vocabulary: its vocabulary; None for that of `checkpoint`.
       init_embedding: how rows of tokens that `checkpoint` has not are made, see `adaptation.transplant`.
-      init_positions: "copy" to repeat the rows of learned positions, if `checkpoint` has fewer than the model wanted;
-        then what its layers see may differ, too (`_LONGER`).
+      init_longer: the model wanted is for longer texts: what its layers see may differ (`_LONGER`), and the rows of
+        learned positions are repeated where `checkpoint` has fewer.
       seed: of rows that are made at random.
       include: regular expressions of the names wanted.
       strict: every wanted name must be in the checkpoint with its shape and, if all are wanted, the configurations
@@ -117,10 +117,10 @@ def restore_params(
         (chosen if any(re.search(pattern, leaf.name) for pattern in include) else left).append(leaf)
     if vocabulary is not None and any(leaf.name in EMBEDDINGS for leaf in chosen):
         checkpoint = _for_vocabulary(checkpoint, vocabulary, blueprint.config.vocab_size, init_embedding, seed)
-    if init_positions == "copy":
+    if init_longer and checkpoint.config.longest is not None:
         checkpoint = _with_positions(checkpoint, blueprint.config.max_positions)
     if strict and not left:
-        _require_same_meaning(checkpoint, blueprint, _FREE if init_positions is None else (*_FREE, *_LONGER))
+        _require_same_meaning(checkpoint, blueprint, (*_FREE, *_LONGER) if init_longer else _FREE)
     fitting = []
     for leaf in chosen:
         if all(part in checkpoint.tensors and checkpoint.tensors[part].shape == leaf.part_shape for part in leaf.parts):
@@ -167,11 +167,10 @@ def _for_vocabulary(
 def _with_positions(checkpoint: Checkpoint, rows: int) -> Checkpoint:
     """The checkpoint with `rows` learned positions, in its generator, too, if it has one."""
     known = checkpoint.config.longest
-    if known is None or known > rows:
-        has = "no learned positions" if known is None else f"{known} positions, more than ModelConfig.max_positions"
+    if known > rows:
         raise UserError(
-            f"{checkpoint.origin}: has {has}, so Run.init_positions = 'copy' cannot make {rows} of them; "
-            "leave it out, and give the run the checkpoint's ModelConfig.position and max_positions."
+            f"{checkpoint.origin}: has {known} positions, more than ModelConfig.max_positions = {rows}, which "
+            "Run.init_longer does not cut; give the run as many or more."
         )
     if known < rows:
         _say(f"the {known} positions of {checkpoint.origin} are repeated for {rows}")
@@ -216,8 +215,8 @@ def _require_same_meaning(checkpoint: Checkpoint, blueprint: Blueprint, free: Se
             f"ModelConfig.{key} is {theirs[key]!r} there and {ours[key]!r} in this run" for key in differing
         )
         mend = "Use its configuration"
-        if "max_positions" in differing and set(differing) <= set(_LONGER):
-            mend += ", or for longer texts have its positions repeated with --gin.Run.init_positions=\"'copy'\""
+        if set(differing) <= set(_LONGER):
+            mend += ", or go on with longer texts with --gin.Run.init_longer=True"
         raise UserError(f"{checkpoint.origin}: a model of another configuration: {said}. {mend}.")
 
 

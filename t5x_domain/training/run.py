@@ -4,7 +4,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import gin
 
@@ -24,7 +24,7 @@ from t5x_domain.parallel.mesh import MeshShape
 from t5x_domain.training.checkpoint import Retention
 from t5x_domain.training.optimizer import Updates
 
-_INIT = ("init_from", "init_embedding", "init_positions", "init_optimizer")
+_INIT = ("init_from", "init_embedding", "init_longer", "init_optimizer")
 _LOSSES = (language_model_loss, replaced_token_detection_loss, denoising_with_detection_loss)
 
 
@@ -53,9 +53,9 @@ class Run:
         converted folder, a Hugging Face folder, or a T5X checkpoint.
       init_embedding: how tokens that the model of `init_from` has not get their rows, "mean" or "random" (see
         `adaptation.transplant`); None if it has to have the same vocabulary.
-      init_positions: "copy" for a model that reads longer texts than that of `init_from`: the rows of its learned
-        positions are repeated until there are `ModelConfig.max_positions` (Longformer: Beltagy et al. 2020, section 5),
-        and layers may see another part of the text (see `training.initial`); None if all has to be the same.
+      init_longer: the model is to read longer texts than that of `init_from`: its layers may see another part of a text
+        (kinds of layers, window, global tokens), and learned positions are repeated until there are
+        `ModelConfig.max_positions` (Longformer: Beltagy et al. 2020, section 5). Otherwise all has to be the same.
       init_optimizer: go on from the step and with the second moments of Adafactor of a T5X checkpoint.
       export_on_finish: a folder for the trained model as Hugging Face users load it; None for none.
       train_split, eval_split: splits of the cache.
@@ -84,7 +84,7 @@ class Run:
     seed: int = 0
     init_from: str | None = None
     init_embedding: str | None = None
-    init_positions: Literal["copy"] | None = None
+    init_longer: bool = False
     init_optimizer: bool = False
     export_on_finish: str | None = None
     train_split: str = "train"
@@ -111,13 +111,8 @@ class Run:
             )
         if self.init_embedding not in (None, "mean", "random"):
             raise UserError(f"Run.init_embedding = {self.init_embedding!r}: choose 'mean' or 'random', or None.")
-        if self.init_positions not in (None, "copy"):
-            raise UserError(f"Run.init_positions = {self.init_positions!r}: choose 'copy' or None.")
-        if self.init_positions == "copy" and self.config.longest is None:
-            raise UserError(
-                "Run.init_positions = 'copy' is for learned positions, of which there are none with "
-                f"ModelConfig.position = {self.config.position!r}; leave it out."
-            )
+        if self.init_longer and self.init_from is None:
+            raise UserError("Run.init_longer is for a run that starts with a finished model; give it --init_from.")
         if self.export_on_finish is not None:  # what cannot be exported is to be said before it is trained
             require_exportable(*remaining_model(self.model, self.config), self.vocabulary, self.prefix_lm)
 

@@ -236,13 +236,28 @@ def test_recipes_run(name, two_corpora, monkeypatch, capsys):
         assert rates[-1] == pytest.approx(1e-6 + (1e-4 - 1e-6) * (1 + np.cos(np.pi * 19 / 20)) / 2, rel=1e-4)
 
 
+def trained_to_the_bit(run, monkeypatch):
+    """What a run learns, which stopped after 3 steps it learns as well, to the bit."""
+    from t5x_domain.conversion.native import open_native
+    from t5x_domain.training import loop
+
+    assert loop.train(run) == 0
+    stopped = dataclasses.replace(run, run_dir=f"{run.run_dir}-stopped", export_on_finish=None)
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "PreemptionNotice", lambda: Notice(3))
+        assert loop.train(stopped) == loop.EXIT_PREEMPTED
+    assert loop.train(stopped) == 0
+    ours, again = (open_native(folder) for folder in (run.run_dir, stopped.run_dir))
+    for name, tensor in ours.tensors.items():
+        np.testing.assert_array_equal(again.tensors[name].read(), tensor.read(), err_msg=name)
+    return ours
+
+
 def test_replaced_token_detection_on_eight_devices(two_corpora, monkeypatch, capsys, tmp_path):
     """Stopped after 3 of 6 steps it ends to the bit as if it was not; what it leaves is an encoder."""
     from t5x_domain.conversion.formats import open_checkpoint
-    from t5x_domain.conversion.native import open_native
     from t5x_domain.conversion.rtd import discriminator
     from t5x_domain.data.preparation import prepare
-    from t5x_domain.training import loop
     from t5x_domain.training.run import Run
 
     files = ["models/tiny", "mixtures/sample", "runs/rtd"]
@@ -266,15 +281,7 @@ def test_replaced_token_detection_on_eight_devices(two_corpora, monkeypatch, cap
     cli.load_gin([f"gin/{file}.gin" for file in files], [*two_corpora, *settings])
     cli.build(prepare)
     run = dataclasses.replace(cli.build(Run), export_on_finish=str(tmp_path / "hf"))
-    assert loop.train(run) == 0
-    stopped = dataclasses.replace(run, run_dir=f"{run.run_dir}-stopped", export_on_finish=None)
-    with monkeypatch.context() as patched:
-        patched.setattr(loop, "PreemptionNotice", lambda: Notice(3))
-        assert loop.train(stopped) == loop.EXIT_PREEMPTED
-    assert loop.train(stopped) == 0
-    ours, again = (open_native(folder) for folder in (run.run_dir, stopped.run_dir))
-    for name, tensor in ours.tensors.items():
-        np.testing.assert_array_equal(again.tensors[name].read(), tensor.read(), err_msg=name)
+    ours = trained_to_the_bit(run, monkeypatch)
     assert "held-out binary cross-entropy" in capsys.readouterr().out
     scores = json.loads((Path(run.run_dir) / "eval.json").read_text())
     for corpus in ("biomedical", "general"):
@@ -294,12 +301,10 @@ def test_ul2_with_detection_on_eight_devices(two_corpora, monkeypatch, tmp_path)
     """Stopped after 3 of 6 steps it ends to the bit as if it was not; what it leaves is an encoder-decoder."""
     import jax
 
-    from t5x_domain.conversion.native import open_native
     from t5x_domain.data.preparation import prepare
     from t5x_domain.inference.opened import open_model
     from t5x_domain.models.assemblies import EncoderDecoder
     from t5x_domain.models.rtd import DetectingEncoderDecoder
-    from t5x_domain.training import loop
     from t5x_domain.training.run import Run
 
     files = ["models/tiny", "mixtures/sample", "runs/ul2_rtd"]
@@ -318,15 +323,7 @@ def test_ul2_with_detection_on_eight_devices(two_corpora, monkeypatch, tmp_path)
     cli.build(prepare)
     run = dataclasses.replace(cli.build(Run), export_on_finish=str(tmp_path / "hf"))
     assert run.model is DetectingEncoderDecoder
-    assert loop.train(run) == 0
-    stopped = dataclasses.replace(run, run_dir=f"{run.run_dir}-stopped", export_on_finish=None)
-    with monkeypatch.context() as patched:
-        patched.setattr(loop, "PreemptionNotice", lambda: Notice(3))
-        assert loop.train(stopped) == loop.EXIT_PREEMPTED
-    assert loop.train(stopped) == 0
-    ours, again = (open_native(folder) for folder in (run.run_dir, stopped.run_dir))
-    for name, tensor in ours.tensors.items():
-        np.testing.assert_array_equal(again.tensors[name].read(), tensor.read(), err_msg=name)
+    trained_to_the_bit(run, monkeypatch)
     scores = json.loads((Path(run.run_dir) / "eval.json").read_text())
     for corpus in ("biomedical", "general"):
         before, after = (scores[when][corpus] for when in ("before", "after"))

@@ -36,7 +36,7 @@ class SmallRun:
     model: type = EncoderDecoder
     config: object = CONFIG
     init_embedding: str | None = None
-    init_positions: str | None = None
+    init_longer: bool = False
     init_optimizer: bool = False
     seed: int = 5
     total_steps: int = 2000

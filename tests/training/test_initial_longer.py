@@ -1,4 +1,4 @@
-"""Run.init_positions = "copy": a model of short texts reads long ones (Longformer: Beltagy et al. 2020, section 5)."""
+"""Run.init_longer: a model of short texts reads long ones (Longformer: Beltagy et al. 2020, section 5)."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -40,7 +40,7 @@ def test_positions_are_repeated(model, shape):
     """16 of 6: two times all and the first four; everything else as it was, on any mesh."""
     short = random_checkpoint(model, SHORT)
     plan = blueprint(mesh(**shape), model, LONG)
-    found, left, _ = restore_params(short, plan, init_positions="copy")
+    found, left, _ = restore_params(short, plan, init_longer=True)
     tables = [name for name in found if name.endswith("embedding/positions")]
     assert left == [] and len(tables) == (2 if model is ReplacedTokenDetection else 1)
     targets = {path_name(p): a for p, a in jax.tree_util.tree_flatten_with_path(plan.abstract_params)[0]}
@@ -61,7 +61,7 @@ def test_a_run_starts_so(tmp_path, capsys):
         config=config,
         vocabulary=ByteVocabulary(100),
         init_embedding=None,
-        init_positions="copy",
+        init_longer=True,
         init_optimizer=False,
         seed=5,
     )
@@ -73,7 +73,7 @@ def test_a_run_starts_so(tmp_path, capsys):
 
 def test_without_it_all_has_to_be_the_same():
     short, plan = random_checkpoint(EncoderOnly, SHORT), blueprint(None, EncoderOnly, LONG)
-    with pytest.raises(UserError, match=r"max_positions is 6 there and 16 in this run.*Run.init_positions"):
+    with pytest.raises(UserError, match=r"max_positions is 6 there and 16 in this run.*Run.init_longer"):
         restore_params(short, plan)
 
 
@@ -82,27 +82,30 @@ def test_without_it_all_has_to_be_the_same():
     [
         ({}, {"norm_epsilon": 1e-5}, r"norm_epsilon is 1e-06 there and 1e-05 in this run. Use its configuration\."),
         ({"max_positions": 20}, {}, r"has 20 positions, more than ModelConfig.max_positions"),
-        ({"position": "none"}, {}, "has no learned positions, so Run.init_positions = 'copy' cannot"),
+        ({"position": "none"}, {}, r"position is 'none' there and 'learned' in this run. Use its configuration\."),
     ],
 )
 def test_what_it_does_not_mend(theirs, ours, message):
     short = random_checkpoint(EncoderOnly, dataclasses.replace(SHORT, **theirs))
     plan = blueprint(None, EncoderOnly, dataclasses.replace(LONG, **ours))
     with pytest.raises(UserError, match=message):
-        restore_params(short, plan, init_positions="copy")
+        restore_params(short, plan, init_longer=True)
 
 
-@pytest.mark.parametrize(
-    ("config", "value", "message"),
-    [
-        (SHORT, "twice", "Run.init_positions = 'twice': choose 'copy' or None"),
-        (
-            CONFIG,
-            "copy",
-            "is for learned positions, of which there are none with ModelConfig.position = 'relative_bias'",
-        ),
-    ],
-)
-def test_what_a_run_refuses(config, value, message):
-    with pytest.raises(UserError, match=message):
-        Run("run", EncoderOnly, config, [], ByteVocabulary(100), "cache", {}, None, 1, 1, init_positions=value)
+@pytest.mark.parametrize("position", ["relative_bias", "rope", "alibi"])
+def test_other_positions_need_no_more_of_them(position):
+    """What the layers see changes, no parameter does; without being told to, that is refused."""
+    short = random_checkpoint(EncoderOnly, dataclasses.replace(SHORT, position=position))
+    plan = blueprint(None, EncoderOnly, dataclasses.replace(LONG, position=position, max_positions=6, global_tokens=1))
+    with pytest.raises(UserError, match="layer_pattern is .* go on with longer texts with --gin.Run.init_longer=True"):
+        restore_params(short, plan)
+    found, left, _ = restore_params(short, plan, init_longer=True)
+    assert left == []
+    for leaf in leaves(EncoderOnly, plan.config):
+        value, stored = found[leaf.name], short.tensors[leaf.parts[0]].read()
+        np.testing.assert_array_equal(value[0] if leaf.stacked else value, stored)
+
+
+def test_it_needs_a_model_to_start_from():
+    with pytest.raises(UserError, match="Run.init_longer is for a run that starts with a finished model"):
+        Run("run", EncoderOnly, LONG, [], ByteVocabulary(100), "cache", {}, None, 1, 1, init_longer=True)
