@@ -29,8 +29,9 @@ from t5x_domain.inference.opened import Opened, open_model
 from t5x_domain.models.names import path_name
 from t5x_domain.parallel.sharding import put
 from t5x_domain.training.checkpoint import Checkpoints, Retention
-from t5x_domain.training.loop import EXIT_PREEMPTED, PreemptionNotice
+from t5x_domain.training.loop import EXIT_PREEMPTED
 from t5x_domain.training.metrics import MetricsWriter
+from t5x_domain.training.preemption import PreemptionNotice
 from t5x_domain.training.state import Blueprint, TrainState
 from t5x_domain.training.step import make_train_step
 
