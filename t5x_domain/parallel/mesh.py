@@ -6,10 +6,11 @@ import math
 import gin
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 
 from t5x_domain.errors import UserError
 
-AXES = ("data", "fsdp", "sequence", "tensor")
+AXES = ("slice", "data", "fsdp", "sequence", "tensor")
 
 
 @gin.configurable
@@ -18,12 +19,14 @@ class MeshShape:
     """Devices along each axis; at most one may be -1, which takes all that are left.
 
     Attributes:
-      data: copies of the parameters, each with its share of the batch.
+      slice: pod slices, or nodes of GPUs, with copies of the parameters; between them is the slow data-center network.
+      data: copies of the parameters within a slice, each with its share of the batch.
       fsdp: shares of the parameters, gathered when used; splits the batch as well (ZeRO-3: Rajbhandari et al. 2020).
       sequence: shares of the sequence length.
       tensor: shares of heads, feed-forward width and vocabulary (Shoeybi et al. 2019).
     """
 
+    slice: int = 1
     data: int = -1
     fsdp: int = 1
     sequence: int = 1
@@ -44,9 +47,20 @@ class MeshShape:
         if math.prod(sizes) != len(devices):
             raise UserError(
                 f"{self} asks for {math.prod(sizes)} devices, but there are {len(devices)}; "
-                "set MeshShape.data, .fsdp, .sequence and .tensor so that they multiply to that."
+                "set MeshShape.slice, .data, .fsdp, .sequence and .tensor so that they multiply to that."
             )
         if jax.default_backend() == "cpu" or len(devices) == 1:
             return jax.sharding.Mesh(np.asarray(devices).reshape(sizes), AXES)
+        if sizes[0] > 1:
+            return jax.sharding.Mesh(_hybrid(sizes, devices), AXES)
         # make_mesh knows the links between accelerators and lays the inner axes along the fast ones.
         return jax.make_mesh(sizes, AXES, devices=devices, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
+
+
+def _hybrid(sizes: list[int], devices: list[jax.Device]) -> np.ndarray:
+    """Devices with whole slices along the first axis. Raises UserError if there are not as many."""
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices != sizes[0]:
+        raise UserError(f"MeshShape.slice = {sizes[0]}, but the devices are in {slices} slices; set it to that.")
+    inner, outer = (1, *sizes[1:]), (sizes[0], *[1] * (len(sizes) - 1))
+    return mesh_utils.create_hybrid_device_mesh(inner, outer, devices)

@@ -2,6 +2,7 @@
 
 import contextlib
 import contextvars
+import math
 from collections.abc import Iterator, Mapping
 
 import jax
@@ -10,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 # Parameters shard their `embed` axis over fsdp; activations keep theirs whole, hence the two names.
 RULES: Mapping[str, str | tuple[str, ...] | None] = {
-    "batch": ("data", "fsdp"),
+    "batch": ("slice", "data", "fsdp"),
     "length": "sequence",
     "embed_activation": None,
     "vocab": "tensor",
@@ -54,6 +55,11 @@ def spec(mesh: Mesh, shape: tuple[int, ...], names: tuple[str | None, ...]) -> P
             parts *= mesh.shape[axis]
         axes.append(rule if parts > 1 and size % parts == 0 else None)
     return PartitionSpec(*axes)
+
+
+def batch_shares(mesh: Mesh) -> int:
+    """Parts into which the mesh cuts a batch."""
+    return math.prod(mesh.shape[axis] for axis in RULES["batch"])
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:

@@ -18,7 +18,7 @@ from t5x_domain.errors import UserError
 from t5x_domain.evaluation.perplexity import held_out_scores
 from t5x_domain.models.assemblies import DecoderOnly, EncoderDecoder, EncoderOnly
 from t5x_domain.models.rtd import DetectingEncoderDecoder, ReplacedTokenDetection
-from t5x_domain.parallel.sharding import sharding
+from t5x_domain.parallel.sharding import batch_shares, sharding
 from t5x_domain.training.run import Run
 
 # How examples become the features that an assembly takes.
@@ -56,12 +56,11 @@ class Feed:
           UserError: a cache is missing or was made otherwise, the batch does not divide over the mesh, or the
             objective does not fit the lengths or the vocabulary.
         """
-        shares = mesh.shape["data"] * mesh.shape["fsdp"] * run.accumulation_steps
+        shares = batch_shares(mesh) * run.accumulation_steps
         if run.batch_size % shares:
             raise UserError(
-                f"Run.batch_size = {run.batch_size} does not divide into {mesh.shape['data']} (MeshShape.data) x "
-                f"{mesh.shape['fsdp']} (MeshShape.fsdp) x {run.accumulation_steps} (Run.accumulation_steps) parts; "
-                f"make it a multiple of {shares}."
+                f"Run.batch_size = {run.batch_size} does not divide into {batch_shares(mesh)} (MeshShape.slice x .data "
+                f"x .fsdp) x {run.accumulation_steps} (Run.accumulation_steps) parts; make it a multiple of {shares}."
             )
         self._run, self._mesh, self._layout = run, mesh, layout_of(run)
         self.eval_components = list((run.eval_mixture or run.phases[-1].mixture).components)
