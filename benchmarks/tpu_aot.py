@@ -59,6 +59,31 @@ MODELS = {
     }
     for way in ("gather", "ring")
 }
+_LONG = {
+    "gin_file": "gin/models/budget_longformer_base-like.gin",
+    "model": "ReplacedTokenDetection",
+    "changes": {"dtype": "bfloat16", "remat": "full"},
+    "mesh": {"data": 4},
+    "batch_size": 4,
+    "lengths": {"encoder": 4096},
+}
+MODELS |= {
+    name: {"chip": "v5e", "topology": "v5e:2x2", "arguments": _LONG | arguments}
+    for name, arguments in {
+        "BudgetLongformer base, replaced tokens, 4096 tokens": {},
+        "BudgetLongformer base, 32768 tokens": {
+            "model": "EncoderOnly",
+            "changes": _LONG["changes"] | {"position": "relative_bias"},
+            "lengths": {"encoder": 32768},
+        },
+        "T5 base encoder in windows with transient blocks, 32768 tokens": _ENCODER
+        | {
+            "changes": _ENCODER["changes"]
+            | {"layer_pattern": ("local",), "local_window": 128, "global_blocks": "transient"},
+            "lengths": {"encoder": 32768},
+        },
+    }.items()
+}
 
 
 def train_step(devices, gin_file, model, changes, mesh, batch_size, lengths):
@@ -71,9 +96,10 @@ def train_step(devices, gin_file, model, changes, mesh, batch_size, lengths):
     import jax.numpy as jnp
     import numpy as np
 
-    from t5x_domain.models import assemblies
+    from t5x_domain.models import assemblies, rtd
     from t5x_domain.models.config import ModelConfig
     from t5x_domain.objectives.losses import language_model_loss
+    from t5x_domain.objectives.rtd import replaced_token_detection_loss
     from t5x_domain.parallel.mesh import AXES
     from t5x_domain.parallel.sharding import sharding
     from t5x_domain.training.optimizer import Adafactor, Updates
@@ -84,12 +110,15 @@ def train_step(devices, gin_file, model, changes, mesh, batch_size, lengths):
     gin.parse_config_file(str(Path(__file__).parent.parent / gin_file))
     config = dataclasses.replace(ModelConfig(), **changes)
     mesh = jax.sharding.Mesh(np.asarray(devices).reshape([mesh.get(axis, 1) for axis in AXES]), AXES)
-    plan = Blueprint(getattr(assemblies, model), config, mesh)
+    detects = model == "ReplacedTokenDetection"
+    plan = Blueprint(getattr(rtd if detects else assemblies, model), config, mesh)
+    loss = replaced_token_detection_loss if detects else language_model_loss
     transform = Updates(Adafactor(), constant(0.01)).build(plan.axes)
-    step = make_train_step(plan, functools.partial(language_model_loss, num_components=1), transform, seed=0)
+    step = make_train_step(plan, functools.partial(loss, num_components=1), transform, seed=0)
     side = plan.model_class.target_side
     sides = {name: name.partition("_")[0] for name in plan.model_class.inputs}
     sides |= dict.fromkeys((f"{side}_target_tokens", f"{side}_loss_weights", "component_ids"), side)
+    sides |= {f"{side}_token_weights": side} if detects else {}
 
     def feature(name, side):
         shape, dtype = (batch_size, lengths[side]), jnp.float32 if "weights" in name else jnp.int32

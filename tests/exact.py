@@ -13,7 +13,7 @@ from t5x_domain.training.step import make_train_step
 EXACT = 64 * 512 * 2.0**-53
 
 MESHES = {
-    "data": {"data": 8},
+    "data": {"slice": 2, "data": 4},
     "fsdp": {"data": 1, "fsdp": 8},
     "tensor_fsdp": {"data": 1, "tensor": 2, "fsdp": 4},
     "sequence": {"data": 2, "sequence": 2, "tensor": 2},

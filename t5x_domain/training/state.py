@@ -106,6 +106,8 @@ class Blueprint:
             if owner is not None:
                 shape, full = params[owner].shape, tuple(specs[owner])
                 without = [(shape[:i] + shape[i + 1 :], full[:i] + full[i + 1 :]) for i in range(len(shape))]
+                if "v_row" in keys:  # of a square matrix the factor for rows lacks the last axis
+                    without.reverse()
                 spec = PartitionSpec(*next((s for have, s in [(shape, full), *without] if have == leaf.shape), ()))
             return NamedSharding(self.mesh, spec)
 
