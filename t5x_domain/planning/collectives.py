@@ -1,6 +1,7 @@
 """What the devices of a compiled program send to one another in a step, and over which network."""
 
 import dataclasses
+import math
 import re
 from typing import Literal
 
@@ -87,8 +88,8 @@ def _within(
     if kind not in KINDS:
         return None
     sizes = instruction.element_bytes()
-    if instruction.opcode != kind and len(sizes) > 1:  # what is sent, then what is received
-        sizes = sizes[len(sizes) // 2 :] if kind == "all-gather" else sizes[:1]
+    if instruction.opcode != kind and kind != "all-reduce":  # (what is sent, what is received, perhaps more)
+        sizes = sizes[1:2] if len(sizes) % 2 or kind == "collective-permute" else sizes[len(sizes) // 2 :]
     size = sum(sizes)
     members = _group(instruction, num_devices)
     if kind == "reduce-scatter":
@@ -101,18 +102,34 @@ def _within(
 
 
 def _group(instruction: Instruction, num_devices: int) -> list[int]:
-    """Devices of the first group: written out, or as rows of transposed numbers, `[groups,members]<=[4,2]T(1,0)`."""
+    """Devices of the first group, in whichever of XLA's ways it is written.
+
+    Raises:
+      ValueError: in none of them.
+    """
     if pairs := instruction.attribute(r"source_target_pairs=\{\{([\d,]+)\}"):
-        return [int(n) for n in pairs.split(",")]
-    if written := instruction.attribute(r"replica_groups=\{\{([\d,]+)\}"):
-        return [int(n) for n in written.split(",")]
-    iota = re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", instruction.rest)
-    if iota is None:  # all
+        return _numbers(pairs)
+    if "replica_groups=" not in instruction.rest or "replica_groups={}" in instruction.rest:
         return list(range(num_devices))
-    numbers = np.arange(int(iota[1]) * int(iota[2])).reshape([int(n) for n in iota[3].split(",")])
-    if iota[4]:
-        numbers = numbers.transpose([int(n) for n in iota[4].split(",")])
-    return numbers.reshape(int(iota[1]), int(iota[2]))[0].tolist()
+    if written := instruction.attribute(r"replica_groups=\{\{([\d,]+)\}"):
+        return _numbers(written)
+    # Rows of numbers that count up along transposed axes: [groups,members]<=[4,2]T(1,0).
+    if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", instruction.rest):
+        numbers = np.arange(int(iota[1]) * int(iota[2])).reshape(_numbers(iota[3]))
+        if iota[4]:
+            numbers = numbers.transpose(_numbers(iota[4]))
+        return numbers.reshape(int(iota[1]), int(iota[2]))[0].tolist()
+    # Axes of a mesh: mesh['x'=4,'y'=2] {'y'}.
+    if axes := re.search(r"replica_groups=mesh\[([^\]]*)\] \{((?:'\w+',?)+)\}", instruction.rest):
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", axes[1])}
+        numbers = np.arange(math.prod(sizes.values())).reshape(list(sizes.values()))
+        chosen = re.findall(r"'(\w+)'", axes[2])
+        return numbers[tuple(slice(None) if name in chosen else 0 for name in sizes)].ravel().tolist()
+    raise ValueError(f"unknown replica groups: {instruction.rest[:300]}")
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(n) for n in text.split(",")]
 
 
 def _sent(kind: str, members: int, size: float) -> float:

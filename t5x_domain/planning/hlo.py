@@ -122,18 +122,22 @@ class Module:
         return next(instruction for instruction in body if instruction.is_root)
 
     def trip_count(self, loop: Instruction) -> int:
-        """How often a loop turns: as the compiler notes it, or by the bound that its condition compares to; 1 if that
-        is known at run time only."""
+        """How often a loop turns at most: as the compiler notes it, or by the bound that its condition compares to.
+
+        1 if it has none.
+        """
         if (known := loop.attribute(r'known_trip_count":\{"n":"(\d+)"')) is not None:
             return int(known)
         condition = self.computations.get(loop.attribute(r"condition=%([\w.\-]+)"), [])
-        bounds = [_constant(line) for line in condition if line.opcode == "constant" and line.shape.startswith("s32[]")]
-        counters = [line for line in condition if line.opcode == "get-tuple-element" and line.shape.startswith("s32[]")]
-        if len(bounds) != 1 or len(counters) != 1:
-            return 1
-        start = self.origin(self.origin(loop.operands[0]).operands[int(counters[0].attribute(r"index=(\d+)"))])
-        begins = _constant(start) if start.opcode == "constant" else 0
-        return max(bounds[0] - begins, 1)
+        numbers = [line for line in condition if line.shape.startswith("s32[]")]
+        bounds = [_constant(line) for line in numbers if line.opcode == "constant"]
+        counters = [line for line in numbers if line.opcode == "get-tuple-element"]
+        begins = 0
+        if len(counters) == 1:  # else it counts from 0, as what JAX makes of a scan does
+            initial = self.origin(loop.operands[0]).operands
+            start = self.origin(initial[int(counters[0].attribute(r"index=(\d+)"))])
+            begins = _constant(start) if start.opcode == "constant" else 0
+        return max([bound - begins for bound in bounds] or [1])
 
     def origin(self, name: str) -> Instruction:
         """The instruction that made what `name` hands on."""

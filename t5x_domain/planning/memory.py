@@ -97,9 +97,10 @@ def kept_activations(module: Module) -> float | None:
     return sum(kept) if kept else None
 
 
-def state_bytes(program: Program) -> float:
-    """Bytes of a device for parameters and optimizer: what has to fit before anything is compiled."""
-    return sum(_arguments(program)[:2])
+def least_bytes(program: Program) -> float:
+    """Bytes of a device for parameters, optimizer and gradients, which are all there before an update can be made."""
+    parameters, optimizer, _ = _arguments(program)
+    return 2 * parameters + optimizer
 
 
 def _arguments(program: Program) -> tuple[float, float, float]:

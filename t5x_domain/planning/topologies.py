@@ -7,6 +7,7 @@ import math
 import re
 
 import jax
+from jax.experimental import topologies
 
 from t5x_domain.errors import UserError
 from t5x_domain.parallel.chips import CHIPS, Chip
@@ -120,15 +121,37 @@ class Topology:
         """
         if self.platform == "cpu":
             return jax.devices("cpu")[: self.num_devices]
-        from jax.experimental import topologies
-
+        name = f"{self.kind}:{'x'.join(map(str, self.shape))}"
+        options = dict(_MEGACORE.get(self.kind, {}))
+        if self.platform == "cuda":
+            options = {"target_config": _gpu_description(self.chip), "topology": f"{self.slices}x1x{self.shape[0]}"}
+        elif self.slices > 1:
+            options["num_slices"] = self.slices
         try:
-            if self.platform == "cuda":
-                return _gpus(self)
-            several = {"num_slices": self.slices} if self.slices > 1 else {}
-            options = _MEGACORE.get(self.kind, {}) | several
-            name = f"{self.kind}:{'x'.join(map(str, self.shape))}"
-            return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
+            return topologies.get_topology_desc(platform=self.platform, topology_name=name, **options).devices
         except (jax.errors.JaxRuntimeError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"--topology={self.name}: the compiler does not describe it ({reason}).") from error
+
+
+def _gpu_description(chip: Chip) -> str:
+    """What XLA asks a GPU when there is one, as text of its `GpuTargetConfigProto`: NVIDIA's CUDA programming guide,
+    "Technical specifications per compute capability", and data sheets for the number of multiprocessors."""
+    capability, cores, shared, l2 = {"a100": ((8, 0), 108, 164, 40), "h100": ((9, 0), 132, 228, 50)}.get(
+        chip.name, ((9, 0), 132, 228, 50)
+    )
+    return f"""
+    gpu_device_info {{
+      threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+      block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+      shared_memory_per_block: 49152 shared_memory_per_block_optin: {(shared - 1) * 1024}
+      shared_memory_per_core: {shared * 1024} registers_per_core_limit: 65536 registers_per_block_limit: 65536
+      core_count: {cores} fpus_per_core: {128 if capability[0] == 9 else 64} clock_rate_ghz: 1.8
+      l2_cache_size: {l2 * 2**20} memory_bandwidth: {int(chip.hbm_bytes_per_second)}
+      device_memory_size: {chip.hbm_bytes}
+      cuda_compute_capability {{ major: {capability[0]} minor: {capability[1]} }}
+    }}
+    platform_name: "CUDA"
+    dnn_version_info {{ major: 9 minor: 12 patch: 0 }}
+    device_description_str: "{chip.kinds[0]}"
+    """

@@ -51,8 +51,8 @@ def require_divisible(batch_size: int, accumulation_steps: int, mesh: Mesh) -> N
     shares = batch_shares(mesh) * accumulation_steps
     if batch_size % shares:
         raise UserError(
-            f"Run.batch_size = {batch_size} does not divide into {batch_shares(mesh)} (MeshShape.slice x .data x .fsdp) "
-            f"x {accumulation_steps} (Run.accumulation_steps) parts; make it a multiple of {shares}."
+            f"Run.batch_size = {batch_size} does not divide into {batch_shares(mesh)} (MeshShape.slice x .data "
+            f"x .fsdp) x {accumulation_steps} (Run.accumulation_steps) parts; make it a multiple of {shares}."
         )
 
 
