@@ -42,7 +42,8 @@ def test_layers_whose_parameters_are_gathered_in_a_loop():
 
 
 def summed_over(axes, x):
-    return jax.shard_map(lambda x: jax.lax.psum(x, axes), mesh=mesh(slice=2, data=2, fsdp=2), in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=False)(x)  # fmt: skip
+    everywhere = {"in_specs": PartitionSpec(), "out_specs": PartitionSpec(), "check_vma": False}
+    return jax.shard_map(lambda x: jax.lax.psum(x, axes), mesh=mesh(slice=2, data=2, fsdp=2), **everywhere)(x)
 
 
 SIZE = ROWS * WIDTH * 4
