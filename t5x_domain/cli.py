@@ -16,6 +16,7 @@ from t5x_domain.errors import UserError
 
 VERBS = {
     "prepare": "train a vocabulary and tokenise corpora into the token cache",
+    "compile": "what a run needs of machines that are not there: memory, networks, time, cost",
     "train": "train a model from a prepared token cache",
     "evaluate": "perplexity of a run's held-out text by corpus and metadata, or a model's scores on tasks",
     "infer": "what a model writes for inputs, or which answer it chooses",

@@ -49,7 +49,8 @@ class Generator:
             raise UserError(f"batch_size = {batch_size}: it must be at least 1.")
         self._model, self._decoding, self._batch_size = model, decoding, batch_size
         whole = NamedSharding(model.blueprint.mesh, PartitionSpec())  # every process reads all of it
-        self._write = jax.jit(self._decode, in_shardings=(model.blueprint.shardings, None), out_shardings=whole)
+        # Of parameters and a batch {"tokens" [B, S], "lengths" [B], "numbers" [B]} int32 on the mesh.
+        self.write = jax.jit(self._decode, in_shardings=(model.blueprint.shardings, None), out_shardings=whole)
 
     def __call__(self, inputs: Sequence[np.ndarray], *, first: int = 0, params: Any = None) -> list[list[Output]]:
         """The outputs for each input, the best first.
@@ -79,7 +80,7 @@ class Generator:
         rows, lengths = padded(inputs, self._batch_size, at_most=self._room)
         numbers = np.resize(np.array(numbers, np.int32), self._batch_size)
         batch = {"tokens": rows, "lengths": lengths, "numbers": numbers}
-        return self._write(params, put(self._model.blueprint.mesh, batch))
+        return self.write(params, put(self._model.blueprint.mesh, batch))
 
     @property
     def _room(self) -> int | None:

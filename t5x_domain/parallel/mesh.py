@@ -49,18 +49,22 @@ class MeshShape:
                 f"{self} asks for {math.prod(sizes)} devices, but there are {len(devices)}; "
                 "set MeshShape.slice, .data, .fsdp, .sequence and .tensor so that they multiply to that."
             )
-        if jax.default_backend() == "cpu" or len(devices) == 1:
+        if devices[0].platform == "cpu" or len(devices) == 1:
             return jax.sharding.Mesh(np.asarray(devices).reshape(sizes), AXES)
         if sizes[0] > 1:
             return jax.sharding.Mesh(_hybrid(sizes, devices), AXES)
-        # make_mesh knows the links between accelerators and lays the inner axes along the fast ones.
-        return jax.make_mesh(sizes, AXES, devices=devices, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
+        # Knows the links between accelerators and lays the inner axes along the fast ones, where need be along a part
+        # of an axis of the torus.
+        return jax.sharding.Mesh(mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True), AXES)
 
 
 def _hybrid(sizes: list[int], devices: list[jax.Device]) -> np.ndarray:
     """Devices with whole slices along the first axis. Raises UserError if there are not as many."""
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    # Nodes of GPUs that JAX does not tell apart as slices are told by their processes.
+    process_is_slice = len({getattr(device, "slice_index", 0) for device in devices}) == 1
+    slices = len({device.process_index if process_is_slice else device.slice_index for device in devices})
     if slices != sizes[0]:
         raise UserError(f"MeshShape.slice = {sizes[0]}, but the devices are in {slices} slices; set it to that.")
     inner, outer = (1, *sizes[1:]), (sizes[0], *[1] * (len(sizes) - 1))
-    return mesh_utils.create_hybrid_device_mesh(inner, outer, devices)
+    options = {"process_is_granule": process_is_slice, "allow_split_physical_axes": True}
+    return mesh_utils.create_hybrid_device_mesh(inner, outer, devices, **options)

@@ -46,6 +46,16 @@ def layout_of(run: Run) -> packing.Layout:
     return LAYOUTS[run.model]
 
 
+def require_divisible(batch_size: int, accumulation_steps: int, mesh: Mesh) -> None:
+    """Raises UserError if the rows of an update do not divide over the mesh and the parts they are computed in."""
+    shares = batch_shares(mesh) * accumulation_steps
+    if batch_size % shares:
+        raise UserError(
+            f"Run.batch_size = {batch_size} does not divide into {batch_shares(mesh)} (MeshShape.slice x .data "
+            f"x .fsdp) x {accumulation_steps} (Run.accumulation_steps) parts; make it a multiple of {shares}."
+        )
+
+
 class Feed:
     """Training and held-out batches of a run."""
 
@@ -56,16 +66,11 @@ class Feed:
           UserError: a cache is missing or was made otherwise, the batch does not divide over the mesh, or the
             objective does not fit the lengths or the vocabulary.
         """
-        shares = batch_shares(mesh) * run.accumulation_steps
-        if run.batch_size % shares:
-            raise UserError(
-                f"Run.batch_size = {run.batch_size} does not divide into {batch_shares(mesh)} (MeshShape.slice x .data "
-                f"x .fsdp) x {run.accumulation_steps} (Run.accumulation_steps) parts; make it a multiple of {shares}."
-            )
+        require_divisible(run.batch_size, run.accumulation_steps, mesh)
         self._run, self._mesh, self._layout = run, mesh, layout_of(run)
         self.eval_components = list((run.eval_mixture or run.phases[-1].mixture).components)
         self.components = _by_name([*(c for phase in run.phases for c in phase.components), *self.eval_components])
-        self.loss = functools.partial(run.loss, num_components=len(self.components), **_asked_by_loss(run))
+        self.loss = functools.partial(run.loss, num_components=len(self.components), **asked_by_loss(run))
         self.batches = Curriculum(run.phases, run.total_steps, self._train_batches)
         self._held_out: dict[str, tuple[Batches, float]] = {}
         for component in self.eval_components:  # so that what is wrong with them is said before anything is compiled
@@ -200,7 +205,7 @@ class Feed:
         return self._held_out[key]
 
 
-def _asked_by_loss(run: Run) -> dict[str, Any]:
+def asked_by_loss(run: Run) -> dict[str, Any]:
     """What the run's loss wants to know of the vocabulary. Raises UserError if model and loss do not go together."""
     masks = "mask_id" in inspect.signature(run.loss).parameters
     if masks != (run.model is DetectingEncoderDecoder):

@@ -1,0 +1,113 @@
+"""Meshes and batch sizes tried one by one: those that cannot fit are left out by arithmetic, the others compiled."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+from t5x_domain.errors import UserError
+from t5x_domain.models.config import ModelConfig
+from t5x_domain.parallel.mesh import MeshShape
+from t5x_domain.planning.plan import Case, Plan
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """A way to run: as gin bindings, what a run is told to be run so.
+
+    Attributes:
+      mesh: devices along each axis.
+      batch_size: rows of an update.
+      remat: what the backward pass recomputes.
+    """
+
+    mesh: MeshShape
+    batch_size: int
+    remat: str
+
+    def __str__(self) -> str:
+        """As a line of a table begins."""
+        axes = " ".join(f"{axis}={size}" for axis, size in dataclasses.asdict(self.mesh).items() if size > 1)
+        return f"{axes or 'one device'}, {self.batch_size} rows, remat={self.remat}"
+
+    @property
+    def bindings(self) -> tuple[str, ...]:
+        """Gin bindings."""
+        axes = (f"MeshShape.{axis} = {size}" for axis, size in dataclasses.asdict(self.mesh).items())
+        return (*axes, f"Run.batch_size = {self.batch_size}", f"ModelConfig.remat = {self.remat!r}")
+
+
+def meshes(num_devices: int, slices: int, config: ModelConfig, longest_tensor: int = 16) -> Iterator[MeshShape]:
+    """Meshes that share everything evenly: copies, shares of parameters, and shares of heads and feed-forward width.
+
+    The fewest shares of matrix products first, then the fewest shares of parameters: what is sent grows with both.
+
+    Args:
+      num_devices: in all.
+      slices: copies of the parameters over the slow network.
+      config: whose heads and widths are to divide.
+      longest_tensor: shares of a matrix product at most; more would leave a device too small a part.
+    """
+    inner = num_devices // slices
+    divided = (config.num_heads, config.kv_heads, config.mlp_dim, config.vocab_size)
+    for tensor in _divisors(min(inner, longest_tensor)):
+        if inner % tensor or any(size % tensor for size in divided):
+            continue
+        for fsdp in _divisors(inner // tensor):
+            if config.embed_dim % fsdp == 0:
+                yield MeshShape(slice=slices, data=inner // tensor // fsdp, fsdp=fsdp, tensor=tensor)
+
+
+def search(
+    case: Case,
+    choices: Sequence[Choice],
+    compile_one: Callable[[Case], Plan],
+    needs: Callable[[MeshShape], float],
+    limit: float,
+    *,
+    most: int,
+    tell: Callable[[str], None],
+) -> list[tuple[Choice, Plan]]:
+    """Plans of the choices that fit, by the most tokens a second that arithmetic allows, the best first.
+
+    What has no room for its state is not compiled, nor is a mesh with more rows than it had no room for.
+
+    Args:
+      case: what is compiled, but for the choice.
+      choices: in the order in which they are tried, see `meshes`.
+      compile_one: gives the plan of a case.
+      needs: bytes of a device on a mesh without activations, see `memory.least_bytes`.
+      limit: bytes of a device.
+      most: so many compilations at most.
+      tell: is told how it goes, a line at a time.
+
+    Raises:
+      UserError: nothing fits.
+    """
+    found: list[tuple[Choice, Plan]] = []
+    too_large: dict[tuple[MeshShape, str], int] = {}
+    compiled = 0
+    for choice in choices:
+        key = choice.mesh, choice.remat
+        if choice.batch_size >= too_large.get(key, math.inf):
+            continue
+        if (least := needs(choice.mesh)) > limit:
+            tell(f"{choice}: no room for {least / 2**30:.1f} GiB of parameters, optimizer and gradients")
+            too_large[key] = 0
+            continue
+        if compiled == most:
+            tell(f"--search_limit={most} is reached; the rest is not compiled")
+            break
+        compiled += 1
+        plan = compile_one(case.changed(*choice.bindings))
+        tell(f"{choice}: {'fits' if plan.fits else 'does not fit'} ({plan.compile_seconds:.0f} s to compile)")
+        if plan.fits:
+            found.append((choice, plan))
+        else:
+            too_large[key] = choice.batch_size
+    if not found:
+        raise UserError("--search: nothing fits; take more devices, smaller --batch_sizes or --remats=full.")
+    return sorted(found, key=lambda pair: -pair[1].tokens_per_second)
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]

@@ -1,0 +1,157 @@
+"""Machines by name: `v5e:16x16` is a slice of TPUs, `h200:8x2` two nodes of eight GPUs, `cpu:8` this machine."""
+
+import dataclasses
+import functools
+import importlib.util
+import math
+import re
+
+import jax
+from jax.experimental import topologies
+
+from t5x_domain.errors import UserError
+from t5x_domain.parallel.chips import CHIPS, Chip
+
+_TPUS = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2, "tpu7x": 3}  # axes of their torus
+_GPUS = ("a100", "h100", "h200")
+_NAMES = f"{', '.join(name + ':' + 'x'.join('4' * axes) for name, axes in _TPUS.items())}, h200:8, h200:8x2 or cpu:8"
+# Of one program for both cores of a chip.
+_MEGACORE = {"v4": {"chip_config_name": "megacore"}, "v5p": {"chip_config_name": "megacore"}}
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """Devices that can be compiled for.
+
+    Attributes:
+      kind: a name of `CHIPS`, or "cpu".
+      shape: chips along each axis of a slice, GPUs of a node and nodes, or CPU devices.
+      slices: TPU slices, or nodes of GPUs, joined by the data-center network.
+    """
+
+    kind: str
+    shape: tuple[int, ...]
+    slices: int = 1
+
+    @classmethod
+    def of(cls, name: str, slices: int = 1) -> "Topology":
+        """The machines of that name.
+
+        Args:
+          name: "v5e:16x16", "h200:8", "h200:8x2", "cpu:8".
+          slices: of TPUs, each of them as named.
+
+        Raises:
+          UserError: there are none of that name.
+        """
+        kind, _, sizes = name.partition(":")
+        shape = tuple(int(n) for n in sizes.split("x")) if re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", sizes) else ()
+        axes = {**{gpu: (1, 2) for gpu in _GPUS}, **{tpu: (n,) for tpu, n in _TPUS.items()}, "cpu": (1,)}
+        if len(shape) not in axes.get(kind, ()):
+            raise UserError(f"--topology={name}: is not known; write {_NAMES}.")
+        if slices < 1 or (slices > 1 and kind in _GPUS):
+            raise UserError(
+                f"--slices={slices}: is for TPUs, 1 or more; nodes of GPUs are written --topology=h200:8x2."
+            )
+        if kind in _GPUS:
+            return cls(kind, shape[:1], math.prod(shape[1:]))
+        return cls(kind, shape, slices)
+
+    @property
+    def name(self) -> str:
+        """As `of` takes it, and how many slices or nodes."""
+        sizes = (*self.shape, self.slices) if self.kind in _GPUS and self.slices > 1 else self.shape
+        several = f" x {self.slices} slices" if self.slices > 1 and self.kind not in _GPUS else ""
+        return f"{self.kind}:{'x'.join(map(str, sizes))}{several}"
+
+    @property
+    def chip(self) -> Chip | None:
+        """What is known of its chips; None for a CPU."""
+        return CHIPS.get(self.kind)
+
+    @property
+    def platform(self) -> str:
+        """As JAX lowers for: "tpu", "cuda" or "cpu"."""
+        return "tpu" if self.kind in _TPUS else "cuda" if self.kind in _GPUS else "cpu"
+
+    @property
+    def num_chips(self) -> int:
+        """What is paid for."""
+        return math.prod(self.shape) * self.slices
+
+    @property
+    def num_devices(self) -> int:
+        """JAX's devices."""
+        return self.num_chips * (1 if self.chip is None else self.chip.devices_per_chip)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables of a process that compiles for it; libtpu and JAX read them when they are loaded."""
+        if self.platform != "tpu":
+            devices = f"--xla_force_host_platform_device_count={self.num_devices} --xla_backend_optimization_level=0"
+            return {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": devices if self.platform == "cpu" else ""}
+        # Told that it is a host of four v5e, libtpu asks no metadata server who it is, whatever is compiled for. There
+        # is no device that a second process could be in the way of.
+        return {
+            "JAX_PLATFORMS": "cpu",
+            "TPU_SKIP_MDS_QUERY": "1",
+            "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+            "TPU_WORKER_HOSTNAMES": "localhost",
+            "TPU_WORKER_ID": "0",
+            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        }
+
+    def require_compiler(self) -> None:
+        """Raises UserError if the machine's compiler is not installed."""
+        if self.platform == "tpu" and importlib.util.find_spec("libtpu") is None:
+            raise UserError(
+                f"--topology={self.name}: compiling for TPUs needs libtpu, but no TPU; pip install 't5x_domain[tpu]'."
+            )
+        if self.platform == "cuda" and importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
+            raise UserError(
+                f"--topology={self.name}: needs the CUDA plugin, but no GPU; pip install 't5x_domain[cuda]'."
+            )
+
+    @functools.cached_property
+    def devices(self) -> list[jax.Device]:
+        """The devices to compile for, slice by slice.
+
+        Raises:
+          UserError: the compiler does not know a slice of that shape.
+        """
+        if self.platform == "cpu":
+            return jax.devices("cpu")[: self.num_devices]
+        name = f"{self.kind}:{'x'.join(map(str, self.shape))}"
+        options = dict(_MEGACORE.get(self.kind, {}))
+        if self.platform == "cuda":
+            options = {"target_config": _gpu_description(self.chip), "topology": f"{self.slices}x1x{self.shape[0]}"}
+        elif self.slices > 1:
+            options["num_slices"] = self.slices
+        try:
+            return topologies.get_topology_desc(platform=self.platform, topology_name=name, **options).devices
+        except (jax.errors.JaxRuntimeError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"--topology={self.name}: the compiler does not describe it ({reason}).") from error
+
+
+def _gpu_description(chip: Chip) -> str:
+    """What XLA asks a GPU when there is one, as text of its `GpuTargetConfigProto`: NVIDIA's CUDA programming guide,
+    "Technical specifications per compute capability", and data sheets for the number of multiprocessors."""
+    capability, cores, shared, l2 = {"a100": ((8, 0), 108, 164, 40), "h100": ((9, 0), 132, 228, 50)}.get(
+        chip.name, ((9, 0), 132, 228, 50)
+    )
+    return f"""
+    gpu_device_info {{
+      threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+      block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+      shared_memory_per_block: 49152 shared_memory_per_block_optin: {(shared - 1) * 1024}
+      shared_memory_per_core: {shared * 1024} registers_per_core_limit: 65536 registers_per_block_limit: 65536
+      core_count: {cores} fpus_per_core: {128 if capability[0] == 9 else 64} clock_rate_ghz: 1.8
+      l2_cache_size: {l2 * 2**20} memory_bandwidth: {int(chip.hbm_bytes_per_second)}
+      device_memory_size: {chip.hbm_bytes}
+      cuda_compute_capability {{ major: {capability[0]} minor: {capability[1]} }}
+    }}
+    platform_name: "CUDA"
+    dnn_version_info {{ major: 9 minor: 12 patch: 0 }}
+    device_description_str: "{chip.kinds[0]}"
+    """
