@@ -74,13 +74,13 @@ class Supervisor:
             return EXIT_PREEMPTED
         address = f"127.0.0.1:{_free_port()}"
         running = [self._start(index, address) for index in range(self.processes)]
-        while not stop.given and any(process.poll() is None for process in running):
-            failed = [process.returncode for process in running if process.returncode]
-            if failed:
+        while True:
+            statuses = [process.poll() for process in running]
+            # Only what ended on its own account says how the attempt ended; not those that are ended now.
+            failed = [status for status in statuses if status]
+            if failed or stop.given or None not in statuses:
                 break
             time.sleep(_POLL_SECONDS)
-        # Only what ended on its own account says how the attempt ended; not those that are ended now.
-        failed = [process.returncode for process in running if process.poll()]
         self._end(running)
         statuses = failed or [process.returncode for process in running]
         return max((_shell_status(status) for status in statuses), key=_gravity)
