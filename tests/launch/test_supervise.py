@@ -1,4 +1,4 @@
-"""The supervisor with a stand-in for the trainer: a program that does in each attempt what the test has written down."""
+"""The supervisor with a stand-in for the trainer: it does in each attempt what the test says."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from launch.supervise import Supervisor
 
 REPOSITORY = Path(__file__).parents[2]
 
-# Attempts of a process are counted in a file of its own; its behaviour in the n-th is the n-th of its list, or the last.
+# Attempts of a process are counted in a file of its own; in the n-th it does what the n-th of its list says.
 STAND_IN = """
 import os, signal, sys, time
 folder, *plans = sys.argv[1:]
