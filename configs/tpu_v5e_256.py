@@ -1,9 +1,9 @@
-"""T5 1.1 XL on a v5e pod of 256 chips, spot, through Cloud TPU's queued resources.
+r"""T5 1.1 XL on a v5e pod of 256 chips, spot, through Cloud TPU's queued resources.
 
-    python -m launch --config=configs/tpu_v5e_256.py --config.tpu_queued.project=mine --dry_run
-    python -m launch --config=configs/tpu_v5e_256.py --config.tpu_queued.project=mine \
-        --config.storage=gs://my-bucket/runs --config.compilation_cache=gs://my-bucket/compiled
-    python -m launch.status gs://my-bucket/runs
+python -m launch --config=configs/tpu_v5e_256.py --config.tpu_queued.project=mine --dry_run
+python -m launch --config=configs/tpu_v5e_256.py --config.tpu_queued.project=mine \
+    --config.storage=gs://my-bucket/runs --config.compilation_cache=gs://my-bucket/compiled
+python -m launch.status gs://my-bucket/runs
 """
 
 from launch.config import defaults

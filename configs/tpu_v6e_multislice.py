@@ -1,9 +1,9 @@
-"""T5 1.1 XXL on two v6e slices of 64 chips through Cloud TPU's queued resources: a copy of the parameters in each.
+r"""T5 1.1 XXL on two v6e slices of 64 chips through Cloud TPU's queued resources: a copy of the parameters in each.
 
-    python -m launch --config=configs/tpu_v6e_multislice.py --config.tpu_queued.project=mine --dry_run
-    python -m launch --config=configs/tpu_v6e_multislice.py --config.tpu_queued.project=mine --config.slices=4 \
-        --config.overrides="('TRAIN_STEPS=100000', 'BATCH_SIZE=2048', 'MeshShape.slice=4', 'MeshShape.fsdp=64', \
-        'MeshShape.data=1')"
+python -m launch --config=configs/tpu_v6e_multislice.py --config.tpu_queued.project=mine --dry_run
+python -m launch --config=configs/tpu_v6e_multislice.py --config.tpu_queued.project=mine --config.slices=4 \
+    --config.overrides="('TRAIN_STEPS=100000', 'BATCH_SIZE=2048', 'MeshShape.slice=4', 'MeshShape.fsdp=64', \
+    'MeshShape.data=1')"
 """
 
 from configs import tpu_v5e_256

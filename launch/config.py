@@ -74,7 +74,7 @@ def defaults(target: str) -> ConfigDict:
     """
     if target not in TARGETS:
         raise UserError(f"config.target = {target!r}: choose one of {', '.join(TARGETS)}.")
-    return ConfigDict(
+    config = ConfigDict(
         {
             "target": target,
             "name": "run",
@@ -98,6 +98,9 @@ def defaults(target: str) -> ConfigDict:
             target: _SECTIONS[target],
         }
     )
+    config.lock()  # a field that does not exist is an error
+    config.env.unlock()
+    return config
 
 
 def check(config: ConfigDict) -> None:
