@@ -5,16 +5,14 @@ import sys
 
 from etils import epath
 
+from t5x_domain.files import write_atomically
+
 FILE = "launch.json"
 
 
 def record(run_dir: str, status: int | None) -> None:
     """Writes <run_dir>/launch.json: the exit status of the last attempt, None while it is under way."""
-    folder = epath.Path(run_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f".{FILE}.partial"
-    partial.write_text(json.dumps({"exit_status": status}))
-    partial.replace(folder / FILE)
+    write_atomically(epath.Path(run_dir) / FILE, json.dumps({"exit_status": status}).encode())
 
 
 if __name__ == "__main__":

@@ -6,14 +6,16 @@ Ctrl-C are handed on; a process that does not end in time is killed.
 """
 
 import argparse
+import contextlib
 import dataclasses
+import fcntl
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from launch.record import record
@@ -36,6 +38,7 @@ class Supervisor:
       restart_wait_seconds: between an end and the next start.
       notice_seconds: from SIGTERM until SIGKILL.
       run_dir: where to keep the state for `launch.status`; None for nowhere.
+      lock: a file that one supervisor holds at a time: an earlier one is told to stop, and waited for; None for none.
     """
 
     command: Sequence[str]
@@ -46,12 +49,13 @@ class Supervisor:
     restart_wait_seconds: float = 0.0
     notice_seconds: float = 120.0
     run_dir: str | None = None
+    lock: Path | None = None
 
     def run(self) -> int:
         """The exit status of the last attempt: 0, 2, 75 if told to stop, or that of the first process to fail."""
         self.logs.mkdir(parents=True, exist_ok=True)
         failures = 0
-        with _Stop() as stop:
+        with _Stop() as stop, _alone(self.lock):
             while True:
                 self._record(None)
                 status = self._attempt(stop)
@@ -146,6 +150,28 @@ class _Stop:
             time.sleep(_POLL_SECONDS)
 
 
+@contextlib.contextmanager
+def _alone(lock: Path | None) -> Iterator[None]:
+    """Holds the lock, which has the number of the process that holds it."""
+    if lock is None:
+        yield
+        return
+    with open(lock, "a+", encoding="utf-8") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                file.seek(0)
+                if holder := file.read():
+                    os.kill(int(holder), signal.SIGTERM)
+                time.sleep(_POLL_SECONDS)
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
 def _shell_status(status: int) -> int:
     """As a shell has it: 128 + the signal's number for a process that a signal has ended."""
     return status if status >= 0 else 128 - status
@@ -173,6 +199,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--restart_wait_seconds", type=float, default=0.0, help="between an end and the next start")
     parser.add_argument("--notice_seconds", type=float, default=120.0, help="from SIGTERM until SIGKILL")
     parser.add_argument("--run_dir", help="where to keep the state for launch.status")
+    parser.add_argument("--lock", type=Path, help="an earlier supervisor with the same file is told to stop")
     if "--" not in arguments:
         parser.error("the command to run stands after --")
     split = arguments.index("--")

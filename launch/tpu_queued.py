@@ -16,7 +16,6 @@ from launch.tpu import Slice, slice_of
 from t5x_domain.errors import UserError
 
 _GCLOUD = ("gcloud", "compute", "tpus", "queued-resources")
-_LOCK = "/tmp/t5x_domain.lock"
 
 _SCRIPT = r"""
 #!/bin/bash
@@ -35,15 +34,22 @@ finish() {{
 }}
 
 failures=0
+ended='launch: ended with status'
 while :; do
   case $(state) in
     '') {create} || exit 1 ;;
     ACTIVE)
-      {ssh} 2>&1 | tee "$log"
-      (($(grep -c 'launch: ended with status 0$' "$log") == {hosts})) && finish 0
-      grep -q 'launch: ended with status 2$' "$log" && finish 2
-      # Still there: it was the program that failed, beyond its restarts, or the connection.
-      if [[ $(state) == ACTIVE ]]; then
+      echo "running; the hosts write to $log"
+      {ssh} >"$log" 2>&1 &
+      ssh=$!
+      # A host that has given up would leave the others waiting for it.
+      while kill -0 "$ssh" 2>/dev/null && ! grep -q "$ended [1-9]" "$log"; do sleep 30; done
+      kill "$ssh" 2>/dev/null
+      wait "$ssh"
+      if (($(grep -c "$ended 0$" "$log") == {hosts})); then finish 0; fi
+      if grep -q "$ended 2$" "$log"; then finish 2; fi
+      # The machines are there and were not told to stop: the program failed beyond its restarts, or the connection did.
+      if [[ $(state) == ACTIVE ]] && ! grep -q "$ended 75$" "$log"; then
         failures=$((failures + 1))
         ((failures > {max_restarts})) && finish 1
       fi
@@ -88,12 +94,11 @@ def script(config: ConfigDict, run: Run) -> str:
 
 
 def remote_command(config: ConfigDict, run: Run) -> str:
-    """What every host runs: the setup, then the program under supervision.
-
-    `flock` waits for what an earlier connection, since lost, has left running: two programs cannot share a TPU.
-    """
+    """What every host runs: the setup, then the program under supervision."""
     supervise = [
         *(config.python, "-m", "launch.supervise", "--logs=logs"),
+        # What an earlier connection has left running would keep the TPU.
+        "--lock=/tmp/t5x_domain.lock",
         f"--max_restarts={config.max_restarts}",
         f"--restart_wait_seconds={config.restart_wait_seconds}",
         f"--notice_seconds={config.notice_seconds}",
@@ -101,7 +106,7 @@ def remote_command(config: ConfigDict, run: Run) -> str:
         *run.program(config),
     ]
     variables = [f"{key}={value}" for key, value in environment(config).items()]
-    return "\n".join(["set -e", *config.setup, shlex.join(["exec", "flock", _LOCK, "env", *variables, *supervise])])
+    return "\n".join(["set -e", *config.setup, shlex.join(["exec", "env", *variables, *supervise])])
 
 
 def _gcloud(verb: str, run: Run, *flags: str) -> str:

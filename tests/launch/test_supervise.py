@@ -53,6 +53,13 @@ def attempts(folder, index=0):
     return len((folder / f"attempts-{index}").read_text())
 
 
+def wait_for(path, process):
+    deadline = time.monotonic() + 30
+    while not path.exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 def run(folder, command, **options):
     return Supervisor(command=command, logs=folder / "logs", notice_seconds=10, **options).run()
 
@@ -134,10 +141,8 @@ def test_sigterm_is_handed_on_and_is_the_end(tmp_path, program, plan, status):
         stdout=subprocess.PIPE,
         text=True,
     )
-    deadline = time.monotonic() + 30
-    while not all((tmp_path / f"ready-{index}").exists() for index in range(2)):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_for(tmp_path / "ready-0", process)
+    wait_for(tmp_path / "ready-1", process)
     assert json.loads((tmp_path / "run" / "launch.json").read_text()) == {"exit_status": None}
     process.terminate()
     said, _ = process.communicate(timeout=30)
@@ -147,6 +152,16 @@ def test_sigterm_is_handed_on_and_is_the_end(tmp_path, program, plan, status):
     assert json.loads((tmp_path / "run" / "launch.json").read_text()) == {"exit_status": status}
     if plan == "save":
         assert "saved" in (tmp_path / "logs" / "process-1.txt").read_text()
+
+
+def test_an_earlier_supervisor_is_told_to_stop_and_waited_for(tmp_path, program):
+    lock = tmp_path / "lock"
+    arguments = [f"--logs={tmp_path / 'earlier'}", f"--lock={lock}", "--", *program("save,0")]
+    earlier = subprocess.Popen([sys.executable, "-m", "launch.supervise", *arguments], cwd=REPOSITORY)
+    wait_for(tmp_path / "ready-0", earlier)
+    assert run(tmp_path, program("save,0"), lock=lock) == 0  # the second attempt, begun after the first had saved
+    assert earlier.wait(10) == 75
+    assert "saved" in (tmp_path / "earlier" / "process-0.txt").read_text()
 
 
 def test_no_wait_is_begun_or_kept_up_after_a_signal(tmp_path, program):

@@ -135,11 +135,25 @@ def test_machines_that_were_taken_are_asked_for_anew_however_often(config, cloud
 
 
 def test_failures_are_run_again_up_to_the_limit(config, cloud):
-    assert go(cloud, config, ["ACTIVE"], [1, 75, 75, 75], [0, 0, 0, 1]) == (1, ["ssh", "ssh", "delete"], ["1"])
+    assert go(cloud, config, ["ACTIVE"], [1], [0, 0, 0, 1]) == (1, ["ssh", "ssh", "delete"], ["1"])
 
 
 def test_a_users_error_is_the_end(config, cloud):
-    assert go(cloud, config, ["ACTIVE"], [2, 75, 1, 1]) == (2, ["ssh", "delete"], ["2"])
+    assert go(cloud, config, ["ACTIVE"], [1, 2]) == (2, ["ssh", "delete"], ["2"])
+
+
+def test_hosts_that_were_told_to_stop_have_not_failed(config, cloud):
+    assert go(cloud, config, ["ACTIVE"], [75] * HOSTS, [75], [75], [0] * HOSTS)[:2] == (0, ["ssh"] * 4 + ["delete"])
+
+
+def test_a_host_that_has_given_up_is_not_waited_for(config, cloud):
+    # The others go on trying to reach it, so that ssh does not end by itself.
+    real = (cloud / "bin" / "gcloud").read_text()
+    shell.put(
+        cloud, "gcloud", real.replace('cat "said-$n"', 'cat "said-$n"; exec /bin/sleep 60').replace("#!/bin/bash", "")
+    )
+    shell.put(cloud, "sleep", "exec /bin/sleep 0.05")
+    assert go(cloud, config, ["ACTIVE"], [2]) == (2, ["ssh", "delete"], ["2"])
 
 
 def test_a_request_that_cannot_be_met_is_the_end(config, cloud):
@@ -157,7 +171,6 @@ def test_hosts_run_the_program_word_for_word(config, tmp_path):
     config.overrides = (shell.NASTY,)
     config.env = {"XLA_FLAGS": "--a=1 --b='$x'"}
     (run,) = runs(config)
-    shell.put(tmp_path, "flock", 'shift; exec "$@"')
     shell.put(tmp_path, "python", 'echo "$XLA_FLAGS"\n' + shell.SHOW_ARGUMENTS)
     # As the shell of this machine hands it to gcloud, and gcloud to that of the host.
     command = next(word for word in commands(script(config))["ssh"] if word.startswith("--command="))
