@@ -23,6 +23,7 @@ from launch.record import record
 EXIT_USER_ERROR = 2
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: start the same command again
 _POLL_SECONDS = 0.1
+_AFTER_FAILURE_SECONDS = 10.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Supervisor:
       logs: the folder of process-<i>.txt, appended to.
       max_restarts: after failures; those after status 75 do not count.
       restart_wait_seconds: between an end and the next start.
-      notice_seconds: from SIGTERM until SIGKILL.
+      notice_seconds: from SIGTERM until SIGKILL; ten at most if a process has failed.
       run_dir: where to keep the state for `launch.status`; None for nowhere.
       lock: a file that one supervisor holds at a time: an earlier one is told to stop, and waited for; None for none.
     """
@@ -85,7 +86,9 @@ class Supervisor:
             if failed or stop.given or None not in statuses:
                 break
             time.sleep(_POLL_SECONDS)
-        self._end(running)
+        # Without a process that was lost the others cannot save; if all were told to stop they are about to.
+        told = stop.given or EXIT_PREEMPTED in failed
+        _end(running, self.notice_seconds if told else min(self.notice_seconds, _AFTER_FAILURE_SECONDS))
         statuses = failed or [process.returncode for process in running]
         return max((_shell_status(status) for status in statuses), key=_gravity)
 
@@ -114,18 +117,19 @@ class Supervisor:
             variables["JAX_PROCESS_ID"] = str(index)
         return variables
 
-    def _end(self, running: Sequence[subprocess.Popen]) -> None:
-        """Tells those that still run to stop, and kills what is left when the notice is over."""
-        for process in running:
-            if process.poll() is None:
-                process.terminate()
-        deadline = time.monotonic() + self.notice_seconds
-        for process in running:
-            try:
-                process.wait(max(deadline - time.monotonic(), 0))
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+
+def _end(running: Sequence[subprocess.Popen], notice_seconds: float) -> None:
+    """Tells those that still run to stop, and kills what is left when the notice is over."""
+    for process in running:
+        if process.poll() is None:
+            process.terminate()
+    deadline = time.monotonic() + notice_seconds
+    for process in running:
+        try:
+            process.wait(max(deadline - time.monotonic(), 0))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 class _Stop:

@@ -26,6 +26,10 @@ open(count, "a").write(".")
 what = plans[index].split(",")
 what = what[min(attempt, len(what) - 1)]
 print({name: value for name, value in os.environ.items() if name.startswith(("JAX_", "XLA_"))}, flush=True)
+if what == "slow75":  # when the other is ready to be told
+    while not os.path.exists(os.path.join(folder, "ready-0")):
+        time.sleep(0.02)
+    sys.exit(75)
 if what == "kill":
     os.kill(os.getpid(), signal.SIGKILL)
 if what in ("save", "deaf"):
@@ -83,6 +87,19 @@ def test_the_first_failure_ends_the_others(tmp_path, program):
     began = time.monotonic()
     assert run(tmp_path, program("wait", "3"), processes=2) == 3
     assert time.monotonic() - began < 10  # the other would have waited a minute
+
+
+def test_after_a_failure_nobody_is_waited_for_long(tmp_path, program, monkeypatch):
+    monkeypatch.setattr(supervise, "_AFTER_FAILURE_SECONDS", 0.2)
+    began = time.monotonic()
+    assert run(tmp_path, program("deaf", "3"), processes=2) == 3
+    assert time.monotonic() - began < 8  # the notice is 10 s
+
+
+def test_one_that_was_preempted_leaves_the_others_their_notice(tmp_path, program, monkeypatch):
+    monkeypatch.setattr(supervise, "_AFTER_FAILURE_SECONDS", 0.0)
+    assert run(tmp_path, program("save,0", "slow75,0"), processes=2) == 0
+    assert "saved" in (tmp_path / "logs" / "process-0.txt").read_text()
 
 
 def test_all_are_started_again(tmp_path, program):
