@@ -1,0 +1,32 @@
+r"""T5 1.1 XL on a v5e pod of 256 chips, spot, through Cloud TPU's queued resources.
+
+python -m launch --config=configs/tpu_v5e_256.py --config.tpu_queued.project=mine --dry_run
+python -m launch --config=configs/tpu_v5e_256.py --config.tpu_queued.project=mine \
+    --config.storage=gs://my-bucket/runs --config.compilation_cache=gs://my-bucket/compiled
+python -m launch.status gs://my-bucket/runs
+"""
+
+from launch.config import defaults
+
+
+def get_config():
+    config = defaults("tpu_queued")
+    config.name = "xl-v5e"
+    config.gin_files = ("gin/models/t5_1_1_xl.gin", "gin/mixtures/sample.gin", "gin/runs/pretrain.gin")
+    config.overrides = ("TRAIN_STEPS=100000", "BATCH_SIZE=2048", "MeshShape.fsdp=256", "MeshShape.data=1")
+    config.accelerator = "v5e"
+    config.topology = "16x16"
+    config.storage = "gs://my-bucket/runs"
+    config.compilation_cache = "gs://my-bucket/compiled"
+    # The archive is `git archive HEAD | gzip`, copied to the bucket beforehand.
+    config.setup = (
+        "mkdir -p t5x_domain && cd t5x_domain",
+        "gcloud storage cat gs://my-bucket/t5x_domain.tar.gz | tar xz",
+        "test -x .venv/bin/python || python3.12 -m venv .venv",
+        "source .venv/bin/activate",
+        "pip install --quiet -c constraints.txt -e '.[tpu,gcp]'",
+    )
+    config.tpu_queued.project = "my-project"
+    config.tpu_queued.zone = "us-west4-a"
+    config.tpu_queued.capacity = "spot"
+    return config

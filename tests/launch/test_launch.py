@@ -1,0 +1,143 @@
+"""`python -m launch` as a user calls it: every file of configs/, wrong uses, and a real training of the sample."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch import status
+
+REPOSITORY = Path(__file__).parents[2]
+CONFIGS = sorted(path for path in (REPOSITORY / "configs").glob("*.py") if path.name != "__init__.py")
+
+
+def launch(*flags, **variables):
+    # One device of its own; the suite's eight virtual ones are no business of the launcher's.
+    environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "", **variables}
+    return subprocess.run(
+        [sys.executable, "-m", "launch", *flags],
+        cwd=REPOSITORY,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_is_headed_by_a_command_that_works(path):
+    commands = re.findall(r"^python -m launch --config(?:.*\\\n)*.*", path.read_text(), flags=re.M)
+    assert commands
+    for command in commands:
+        words = shlex.split(command.replace("\\\n", ""))
+        assert words[:4] == ["python", "-m", "launch", f"--config=configs/{path.name}"]
+    dry_runs = [command for command in commands if "--dry_run" in command] or [f"{commands[0]} --dry_run"]
+    result = launch(*shlex.split(dry_runs[0])[3:])
+    assert result.returncode == 0, result.stderr
+    assert "t5x_domain.train" in result.stdout
+
+
+def test_a_dry_run_writes_nothing(tmp_path):
+    result = launch("--config=configs/slurm_h200.py", f"--config.logs={tmp_path / 'logs'}", "--dry_run")
+    assert f"# {tmp_path}/logs/large-h200.sbatch" in result.stdout
+    assert result.stdout.rstrip().endswith(f"sbatch {tmp_path}/logs/large-h200.sbatch")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_flags_set_fields_bindings_with_quotes_among_them():
+    overrides = """("A='x y'", "B={'a': 1}")"""
+    result = launch("--config=configs/local.py", "--config.name=other", f"--config.overrides={overrides}", "--dry_run")
+    words = shlex.split(result.stdout)
+    assert words[-3:] == ["--run_dir=runs/other", "--gin.A='x y'", "--gin.B={'a': 1}"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--config=configs/local.py", "--config.local.processes=0"], "config.local.processes = 0"),
+        (["--config=configs/local.py", "--config.storage="], "config.storage is empty"),
+        (["--config=configs/gke_jobset.py", "--config.storage=runs"], "set it to gs://bucket/folder"),
+        (["--config=configs/tpu_v5e_256.py", "--config.topology=4x4x4"], "v5e has 2 axes"),
+    ],
+)
+def test_a_users_error_is_one_sentence_and_status_2(flags, message):
+    result = launch(*flags, "--dry_run")
+    assert result.returncode == 2
+    assert result.stderr.startswith("launch: error: ") and message in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "--config is needed"),
+        (["--config=configs/local.py", "trial"], "flags only"),
+        (["--config=configs/local.py", "--config.nome=trial"], "nome"),
+    ],
+)
+def test_wrong_flags(flags, message):
+    result = launch(*flags)
+    assert result.returncode != 0
+    assert message in result.stdout + result.stderr
+
+
+def test_a_program_that_is_not_here(tmp_path):
+    result = launch("--config=configs/slurm_h200.py", f"--config.logs={tmp_path}", PATH="/nowhere")
+    assert result.returncode == 2
+    assert "sbatch is not installed on this machine" in result.stderr
+
+
+TINY = """
+include 'gin/models/tiny.gin'
+include 'gin/mixtures/sample.gin'
+include 'gin/runs/pretrain.gin'
+VOCABULARY = @ByteVocabulary()
+prepare.vocabulary_size = None
+LENGTHS = {{'inputs': 32, 'targets': 16}}
+ModelConfig.embed_dim = 16
+ModelConfig.mlp_dim = 16
+ModelConfig.num_heads = 1
+ModelConfig.num_encoder_layers = 1
+ModelConfig.num_decoder_layers = 1
+Run.eval_batches = 1
+Run.log_every = 1
+BATCH_SIZE = 4
+CACHE_DIR = '{cache}'
+"""
+
+
+@pytest.fixture(scope="module")
+def gin_file(tmp_path_factory):
+    """The sample prepared for byte-level text, and the gin file that trains on it."""
+    folder = tmp_path_factory.mktemp("launch")
+    path = folder / "tiny.gin"
+    path.write_text(TINY.format(cache=folder / "cache"))
+    prepare = [sys.executable, "-m", "t5x_domain.prepare", f"--gin_file={path}"]
+    subprocess.run([*prepare, "--gin.RUN_DIR='unused'", "--gin.TRAIN_STEPS=1"], cwd=REPOSITORY, check=True)
+    return path
+
+
+def test_a_sweep_is_trained_here_and_its_table_told(gin_file, tmp_path):
+    flags = [
+        "--config=configs/sweep_rates.py",
+        f"--config.storage={tmp_path / 'runs'}",
+        f"--config.logs={tmp_path / 'logs'}",
+        f"--config.gin_files=('{gin_file}',)",
+        "--config.overrides=('TRAIN_STEPS=3',)",
+        "--config.sweep=(('Run.seed=1',), ('Run.no_such_field=1',))",  # the trainer refuses this
+    ]
+    result = launch(*flags)
+    assert result.returncode == 2, result.stdout + result.stderr
+    good, bad = (tmp_path / "runs" / f"rates-Run.{end}" for end in ("seed=1", "no_such_field=1"))
+    assert json.loads((good / "launch.json").read_text()) == {"exit_status": 0}
+    assert json.loads((bad / "launch.json").read_text()) == {"exit_status": 2}
+    assert "step 3/3" in (tmp_path / "logs" / good.name / "process-0.txt").read_text()
+    head, first, second = status.table([str(tmp_path / "runs")]).splitlines()
+    assert head.split()[0] == "run"
+    assert good.name in first and "3/3" in first and first.endswith("finished")
+    assert bad.name in second and second.endswith("failed (2)")
