@@ -1,5 +1,6 @@
 """`python -m t5x_domain.train --gin_file=gin/runs/pretrain.gin --gin.NAME=VALUE …`: trains a model."""
 
+import time
 from collections.abc import Sequence
 
 from t5x_domain import cli
@@ -7,6 +8,7 @@ from t5x_domain import cli
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses flags, then builds the run that gin describes and trains it."""
+    began = time.time()
     parser = cli.parser("train")
     parser.add_argument("--run_dir", help="where metrics and checkpoints go; the same as --gin.RUN_DIR")
     parser.add_argument("--init_from", help="a model to start from: a run, a converted or Hugging Face folder")
@@ -27,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         from t5x_domain.training.run import Run
 
         cli.load_gin(flags.gin_file, bindings, flags.gin_search_path)
-        return train(cli.build(Run))
+        return train(cli.build(Run), began)
 
     cli.run("train", body)
 
