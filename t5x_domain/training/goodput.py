@@ -59,7 +59,7 @@ class Ledger:
         self._earlier = account(earlier, step, self._began)
         self._starts = 1 + sum("started" in line for line in earlier)
         self._first_steps = [line["first_step_seconds"] for line in earlier if "first_step_seconds" in line]
-        self._run_dir, self._step, self._total_steps = run_dir, step, total_steps
+        self._run_dir, self._start, self._step, self._total_steps = run_dir, step, step, total_steps
 
     def enter(self, cause: str) -> None:
         """What the main thread is about from now on."""
@@ -114,12 +114,12 @@ class Ledger:
     def _total(self) -> dict[str, Any]:
         seconds = {cause: self._earlier[cause] + self._seconds[cause] for cause in CAUSES}
         wall = sum(seconds.values())
-        return {"share": seconds["step"] / wall if wall else 0.0, "wall_seconds": wall, "seconds": seconds}
+        return {"goodput": seconds["step"] / wall if wall else 0.0, "wall_seconds": wall, "seconds": seconds}
 
     def _write(self, line: Mapping[str, Any]) -> None:
         if self._lines is None:
             self._lines = JsonLines(self._run_dir / "goodput.jsonl", keep_until=math.inf)
-            self._lines.write({"step": self._step, "started": self._began})
+            self._lines.write({"step": self._start, "started": self._began})
         self._lines.write(line)
 
     def _write_summary(self, total: Mapping[str, Any]) -> None:
