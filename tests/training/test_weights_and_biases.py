@@ -1,6 +1,8 @@
 """With a stand-in for wandb; with wandb itself, offline, where it is installed."""
 
 import json
+import os
+import subprocess
 import sys
 from types import ModuleType
 
@@ -81,11 +83,18 @@ def test_what_wandb_refuses_is_handed_on(stand_in, tmp_path):
         WeightsAndBiases("law", tmp_path, {})
 
 
-def test_offline_with_wandb_itself(monkeypatch, tmp_path):
+def test_offline_with_wandb_itself(tmp_path):
+    """In a process of its own, for wandb's own writer ends with the process."""
     pytest.importorskip("wandb")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    wandb = WeightsAndBiases("law", tmp_path, {"Run.seed": 0})
-    wandb.log(1, {"train/loss": 2.0})
-    wandb.close()
+    program = """
+import pathlib, sys
+from t5x_domain.training.weights_and_biases import WeightsAndBiases
+wandb = WeightsAndBiases("law", pathlib.Path(sys.argv[1]), {"Run.seed": 0})
+wandb.log(1, {"train/loss": 2.0})
+wandb.close()
+"""
+    offline = {**os.environ, "WANDB_MODE": "offline"}
+    subprocess.run([sys.executable, "-c", program, str(tmp_path)], env=offline, check=True, capture_output=True)
     (written,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
-    assert b"train/loss" in written.read_bytes()
+    content = written.read_bytes()
+    assert b"train/loss" in content and b"Run.seed" in content
