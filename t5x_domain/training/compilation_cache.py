@@ -1,7 +1,5 @@
 """Compiled programs are kept on disk, so that the next start of a run does not compile them again."""
 
-from pathlib import Path
-
 import jax
 from etils import epath
 
@@ -27,4 +25,4 @@ def use_compilation_cache(asked: str | None, run_dir: str) -> None:
             raise UserError(
                 f"--compilation_cache={asked}: {error.strerror}; give a folder that you may write."
             ) from error
-    jax.config.update("jax_compilation_cache_dir", asked or str(Path(run_dir) / "compilation_cache"))
+    jax.config.update("jax_compilation_cache_dir", asked or str(epath.Path(run_dir) / "compilation_cache"))

@@ -40,7 +40,8 @@ class Ledger:
 
     goodput.jsonl, beside metrics.jsonl, has a line for each start, each logged update and each checkpoint; they survive
     whatever kills the process. The seconds between the last line and the kill are "restart": what was done in them was
-    lost. goodput.json is what they come to, written at most every half a minute and at the end.
+    lost. goodput.json is what they come to, written at most every half a minute and at the end. Of several processes
+    the first one writes what it has seen itself.
     """
 
     def __init__(self, began: float | None = None, clock: Callable[[], float] = time.time) -> None:

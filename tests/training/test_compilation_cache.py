@@ -25,6 +25,11 @@ def test_the_flag_comes_before_the_environment_and_that_before_the_run(tmp_path)
     assert jax.config.jax_compilation_cache_dir == str(tmp_path / "asked")
 
 
+def test_the_run_may_be_in_a_bucket():
+    use_compilation_cache(None, "gs://bucket/runs/1")
+    assert jax.config.jax_compilation_cache_dir == "gs://bucket/runs/1/compilation_cache"
+
+
 def test_a_place_that_cannot_be_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"--compilation_cache=.*file/x: Not a directory; give a folder"):
