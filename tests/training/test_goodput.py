@@ -190,3 +190,12 @@ def test_the_summary_is_not_written_at_every_step(tmp_path, clock):
     assert summary(tmp_path)["seconds"]["step"] == 2
     train(ledger, clock, 5, first=12)
     assert summary(tmp_path)["seconds"]["step"] == 32
+
+
+def test_only_the_first_process_writes(tmp_path, clock, monkeypatch):
+    monkeypatch.setattr("jax.process_index", lambda: 1)
+    ledger = ledger_of(clock, tmp_path, 0)
+    train(ledger, clock, 2)
+    ledger.close()
+    assert not list(tmp_path.iterdir())
+    assert ledger.record(3)["seconds"]["step"] == 4  # it keeps its own account all the same
