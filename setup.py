@@ -53,6 +53,7 @@ setup(
         "cuda": ["jax[cuda13]>=0.11.2,<0.13"],
         "beam": ["apache-beam>=2.70"],
         "hf": ["torch>=2.6", "transformers>=4.50"],
+        "wandb": ["wandb>=0.19"],
         "dev": [
             "apache-beam>=2.70",
             "hypothesis>=6.100",

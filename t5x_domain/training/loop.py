@@ -18,20 +18,28 @@ from t5x_domain.models.names import path_name
 from t5x_domain.training.checkpoint import Checkpoints
 from t5x_domain.training.export import export, require_free_export
 from t5x_domain.training.feed import Feed
+from t5x_domain.training.goodput import Ledger
 from t5x_domain.training.guard import Guard
 from t5x_domain.training.initial import restore_params, starting_state
 from t5x_domain.training.meter import Meter
 from t5x_domain.training.metrics import MetricsWriter, Progress, read_json_lines
 from t5x_domain.training.preemption import PreemptionNotice
+from t5x_domain.training.profiling import Profiler
 from t5x_domain.training.run import Run
 from t5x_domain.training.state import Blueprint
 from t5x_domain.training.step import make_eval_step, make_train_step
+from t5x_domain.training.step_clock import StepClock
+from t5x_domain.training.weights_and_biases import WeightsAndBiases
 
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: start the same command again
 
 
-def train(run: Run) -> int:
+def train(run: Run, began: float | None = None) -> int:
     """Trains, or goes on training, until `run.total_steps`.
+
+    Args:
+      run: what.
+      began: when the program was started, seconds since 1970, for the account of the run's time; now by default.
 
     Returns:
       0, or EXIT_PREEMPTED after a SIGTERM: everything is saved and the same command goes on from there.
@@ -40,6 +48,11 @@ def train(run: Run) -> int:
       UserError: the configuration, the cache or the run directory is not fit for use; a checkpoint could not be
         written; or too many updates in a row were not finite.
     """
+    with contextlib.closing(Ledger(began)) as ledger:
+        return _train(run, ledger)
+
+
+def _train(run: Run, ledger: Ledger) -> int:
     require_free_export(run)
     mesh = run.mesh.build()
     feed = Feed(run, mesh)
@@ -57,47 +70,66 @@ def train(run: Run) -> int:
     with contextlib.ExitStack() as closing:
         checkpoints = closing.enter_context(contextlib.closing(Checkpoints(run_dir / "checkpoints", run.retention)))
         begins = checkpoints.latest_step is None
+        wandb = None
+        if run.wandb_project is not None and jax.process_index() == 0:
+            wandb = WeightsAndBiases(run.wandb_project, run_dir, run.identity(feed.batches.starts))
+            closing.enter_context(contextlib.closing(wandb))
         state, start = starting_state(run, blueprint, transform, checkpoints)
-        writer = closing.enter_context(contextlib.closing(MetricsWriter(run_dir, start, begins=begins)))
+        ledger.open(run_dir, start, run.total_steps)
+        writer = closing.enter_context(contextlib.closing(MetricsWriter(run_dir, start, begins=begins, wandb=wandb)))
         progress = closing.enter_context(contextlib.closing(Progress(start, run.total_steps)))
         preemption = closing.enter_context(contextlib.closing(PreemptionNotice()))
-        guard, meter = Guard(run, feed), Meter(run, feed, schedule, writer.last_logged, start)
+        step_clock = closing.enter_context(contextlib.closing(StepClock(ledger)))
+        profiler = Profiler(run_dir / "profile", run.profile_steps, step_clock, progress.say)
+        closing.enter_context(contextlib.closing(profiler))
+        guard = Guard(run, feed)
+        meter = Meter(run, feed, schedule, writer.last_logged, start, ledger=ledger, step_clock=step_clock)
         progress.say(f"{blueprint.num_parameters:,} parameters, mesh {dict(mesh.shape)}, from step {start:,}")
         for phase in feed.batches.describe() if len(run.phases) > 1 else ():
             progress.say(phase)
 
         def evaluate(step: int) -> dict[str, float]:
-            scores = feed.held_out(eval_step, state.params)
-            writer.evaluated(step, scores)
+            with step_clock.pause("evaluation"):
+                scores = feed.held_out(eval_step, state.params)
+                writer.evaluated(step, scores)
             headlines = {corpus: headline(score) for corpus, score in scores.items()}
             measure = next(name for name, _ in headlines.values())
             shown = "  ".join(f"{corpus} {value}" for corpus, (_, value) in headlines.items())
             progress.say(f"step {step:,}/{run.total_steps:,}  held-out {measure}  {shown}")
-            meter.restart()
             return {"loss": float(np.mean([score["loss"] for score in scores.values()]))}
 
         if begins:
             evaluate(start)
-        meter.restart()
-        for step, batch, raw_tokens in feed.train_batches(start):
+        closing.callback(ledger.enter, "checkpoint")  # the last thing to be done is to wait until it is complete
+        ledger.enter("step")
+        for step, batch, raw_tokens in step_clock.timed(feed.train_batches(start)):
             if len(run.phases) > 1 and (step - 1 in feed.batches.starts or step == start + 1):
                 progress.say(f"step {step:,}: {feed.batches.names[feed.batches.phase_of(step - 1)]}")
-            state, metrics = train_step(state, feed.put(batch))
+            with profiler.update(step):
+                state, metrics = train_step(state, feed.put(batch))
+                step_clock.dispatched(metrics)
             last, stop = step == run.total_steps, preemption.given
             guard.watch(step, metrics)
             meter.count(step, batch, raw_tokens)
             progress.step()
+            if step == start + 1:
+                step_clock.settle()
+                progress.say(ledger.first_step(step))
             if last or step % run.log_every == 0:
                 line = meter.read(step, metrics)
                 writer.log(step, line)
+                writer.show("goodput", step, ledger.record(step))
                 progress.logged(step, line, meter.seconds_per_step)
             held_out = evaluate(step) if last or step % run.eval_every == 0 else None
             if last or stop or step % run.checkpoint_every == 0:
                 guard.settle()
-                checkpoints.save(state, step, feed.position(step), held_out)
+                with step_clock.pause("checkpoint"):
+                    ledger.record(step)
+                    checkpoints.save(state, step, feed.position(step), held_out)
             if stop and not last:
                 progress.say(f"told to stop; saving step {step:,}: the same command goes on from there")
                 return EXIT_PREEMPTED
+    ledger.enter("export")
     summarise(run_dir, feed)
     export(run)
     return 0

@@ -1,7 +1,8 @@
-"""What a logged step says: losses by corpus and denoiser, text seen, tokens per second."""
+"""What a logged step says: losses by corpus and denoiser, text seen, how fast it went, memory."""
 
-import time
+import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -9,26 +10,51 @@ import numpy as np
 import optax
 
 from t5x_domain.data.tasks import Component
+from t5x_domain.models.flops import train_step_flops
 from t5x_domain.objectives.losses import ratios
+from t5x_domain.parallel.chips import chip_of
 from t5x_domain.training.feed import Feed
+from t5x_domain.training.goodput import Ledger
 from t5x_domain.training.run import Run
+from t5x_domain.training.step_clock import StepClock
+
+# What a line of metrics.jsonl says of the machine and the clock; all else is the same however often a run is resumed.
+MACHINE_KEYS = ("tokens_per_second", "mfu", "step_seconds", "memory")
 
 
 class Meter:
-    """Tokens per second, and the numbers of a logged step."""
+    """The numbers of a logged step.
 
-    def __init__(self, run: Run, feed: Feed, schedule: optax.Schedule, last_logged: int, start: int) -> None:
-        """Counts time from `restart`, and text from the last logged step before `start` on, as if never interrupted."""
+    Besides losses and the text seen:
+      tokens_per_second: padding left out, over all devices; in the seconds of updates and of waits for data since the
+        last logged step, without compilation, evaluation and saving, which the ledger has.
+      mfu: model FLOPs, without recomputation, in the same seconds against what the chips can do in bfloat16 (model
+        FLOPs utilisation: Chowdhery et al. 2022, PaLM, appendix B); None where the chip is not known.
+      step_seconds: p50, p90 and max on this process's devices, see `StepClock`.
+      memory: bytes; device_peak, the largest of this process's devices since the start (None if they do not tell), and
+        host, resident now, this process without its data workers.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        feed: Feed,
+        schedule: optax.Schedule,
+        last_logged: int,
+        start: int,
+        *,
+        ledger: Ledger,
+        step_clock: StepClock,
+    ) -> None:
+        """Counts time from now on, and text from the last logged step before `start`, as if never interrupted."""
         self._run, self._feed, self._schedule = run, feed, schedule
+        self._ledger, self._step_clock = ledger, step_clock
+        self._step_flops = train_step_flops(run.model, run.config, run.batch_size, run.lengths)
         self._raw_tokens: dict[str, dict[str, int]] = {}
         for step in range(last_logged, start):
             self._add(step + 1, feed.batches.raw_tokens(step))
         self.seconds_per_step = 0.0
-        self.restart()
-
-    def restart(self) -> None:
-        """Starts the clock anew, after something that is no training."""
-        self._clock, self._tokens, self._steps = time.perf_counter(), 0, 0
+        self._tokens, self._steps, self._seconds_before = 0, 0, self._training_seconds()
 
     def _add(self, step: int, raw_tokens: Mapping[str, int]) -> None:
         phase = self._raw_tokens.setdefault(self._feed.batches.names[self._feed.batches.phase_of(step - 1)], {})
@@ -43,11 +69,8 @@ class Meter:
 
     def read(self, step: int, metrics: Mapping[str, jax.Array]) -> dict[str, Any]:
         """The line of metrics.jsonl for this step; waits until the device has done it."""
-        values = jax.device_get(metrics)
-        seconds = time.perf_counter() - self._clock
-        self.seconds_per_step = seconds / max(self._steps, 1)
-        rate = self._tokens * jax.process_count() / seconds
-        self.restart()
+        values, step_seconds = jax.device_get(metrics), self._step_clock.percentiles()
+        rate, mfu = self._rate()
         weight = max(float(values["weight"]), 1.0)
         raw_tokens, self._raw_tokens = _over_hosts(self._raw_tokens), {}
         return {
@@ -56,12 +79,30 @@ class Meter:
             "learning_rate": float(self._schedule(step - 1)),
             "grad_norm": float(values["grad_norm"]),
             "tokens_per_second": rate,
+            "mfu": mfu,
+            "step_seconds": step_seconds,
+            "memory": {"device_peak": device_peak_bytes(), "host": resident_bytes()},
             "skipped": int(values["skipped"]),
             "corpus_loss": self._losses(values, lambda component: component.corpus.name),
             "denoiser_loss": self._losses(values, lambda component: component.objective.name),
             "raw_tokens": raw_tokens,
             **ratios(values),
         }
+
+    def _training_seconds(self) -> float:
+        seconds = self._ledger.seconds()
+        return seconds["step"] + seconds["data_wait"]
+
+    def _rate(self) -> tuple[float, float | None]:
+        """Tokens per second and model FLOPs utilisation since the last call."""
+        now = self._training_seconds()
+        seconds, steps = now - self._seconds_before, self._steps
+        tokens = self._tokens * jax.process_count()
+        self.seconds_per_step = seconds / steps
+        self._tokens, self._steps, self._seconds_before = 0, 0, now
+        chip = chip_of(jax.devices()[0])
+        peak = jax.device_count() * chip.flops if chip else None
+        return tokens / seconds, peak and self._step_flops / self.seconds_per_step / peak
 
     def _losses(self, values: Mapping[str, np.ndarray], of: Callable[[Component], str]) -> dict[str, float | None]:
         """Loss by target of the components that `of` gives the same name; None for those without targets."""
@@ -71,6 +112,18 @@ class Meter:
         ):
             sums[of(component)] = sums.get(of(component), 0) + np.array(pair, np.float64)
         return {name: float(nll / weight) if weight else None for name, (nll, weight) in sums.items()}
+
+
+def device_peak_bytes() -> int | None:
+    """The most memory that any of this process's devices has held; None if they do not tell."""
+    stats = [device.memory_stats() for device in jax.local_devices()]
+    return max(each["peak_bytes_in_use"] for each in stats) if all(stats) else None
+
+
+def resident_bytes() -> int | None:
+    """Memory of this process in the machine; None where the system has no /proc."""
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else None
 
 
 def _over_hosts(counts: dict[str, dict[str, int]]) -> dict[str, dict[str, int]]:

@@ -1,15 +1,17 @@
-"""What a person and a later program see of a run: metrics.jsonl, TensorBoard events, a progress bar."""
+"""What a person and a later program see of a run: metrics.jsonl, TensorBoard and wandb, a progress bar."""
 
 import json
 import math
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import tensorboardX
 from tqdm import tqdm
+
+from t5x_domain.training.weights_and_biases import WeightsAndBiases
 
 
 class JsonLines:
@@ -45,9 +47,12 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 class MetricsWriter:
-    """Writes each logged step to metrics.jsonl, each evaluation to evaluations.jsonl, and both to TensorBoard."""
+    """Writes each logged step to metrics.jsonl, each evaluation to evaluations.jsonl, and both to TensorBoard.
 
-    def __init__(self, run_dir: Path, start_step: int, *, begins: bool) -> None:
+    What TensorBoard gets, `wandb` gets as well, if there is one.
+    """
+
+    def __init__(self, run_dir: Path, start_step: int, *, begins: bool, wandb: WeightsAndBiases | None = None) -> None:
         """Continues the files of a run that goes on from `start_step`, or begins there.
 
         `last_logged` is the last step of metrics.jsonl, or that at which the run began.
@@ -60,31 +65,42 @@ class MetricsWriter:
         self.last_logged = written[-1]["step"] if written else start_step
         # purge_step hides what TensorBoard has of the steps that are about to be repeated.
         self._events = tensorboardX.SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
+        self._wandb = wandb
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """One training step: numbers, or one level of {corpus: number}."""
         self._metrics.write({"step": step, **metrics})
-        self._to_tensorboard("train", step, metrics)
+        self.show("train", step, metrics)
 
     def evaluated(self, step: int, scores: Mapping[str, Mapping[str, float]]) -> None:
         """Held-out scores of each corpus."""
         self._evaluations.write({"step": step, "corpora": scores})
         for corpus, values in scores.items():
-            self._to_tensorboard(f"held_out/{corpus}", step, values)
+            self.show(f"held_out/{corpus}", step, values)
         self._events.flush()
 
-    def _to_tensorboard(self, prefix: str, step: int, values: Mapping[str, Any]) -> None:
-        for name, value in values.items():
-            if isinstance(value, Mapping):
-                self._to_tensorboard(f"{prefix}/{name}", step, value)
-            elif value is not None:
-                self._events.add_scalar(f"{prefix}/{name}", value, step)
+    def show(self, prefix: str, step: int, values: Mapping[str, Any]) -> None:
+        """Numbers, or nested {name: number}, for TensorBoard and wandb alone."""
+        scalars = dict(_flat(prefix, values))
+        for name, value in scalars.items():
+            self._events.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(step, scalars)
 
     def close(self) -> None:
         """Closes all files."""
         self._metrics.close()
         self._evaluations.close()
         self._events.close()
+
+
+def _flat(prefix: str, values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """("prefix/name/name", number) of all that are numbers."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(f"{prefix}/{name}", value)
+        elif value is not None:
+            yield f"{prefix}/{name}", value
 
 
 class Progress:
@@ -103,6 +119,8 @@ class Progress:
     def logged(self, step: int, metrics: Mapping[str, Any], seconds_per_step: float) -> None:
         """Shows a logged step."""
         shown = f"loss {metrics['loss']:.3f}  {metrics['tokens_per_second']:,.0f} tokens/s"
+        if metrics["mfu"] is not None:
+            shown += f"  MFU {metrics['mfu']:.1%}"
         if self._bar is not None:
             self._bar.set_postfix_str(shown, refresh=False)
         else:

@@ -65,6 +65,9 @@ class Run:
       retention: which checkpoints stay.
       max_skipped_in_a_row: non-finite updates in a row that end the run.
       data_workers: processes that make batches; 0 for threads.
+      profile_steps: the first and the last update of which a profiler's trace is written, counted from 1; None for
+        none (SIGUSR1 asks for one at any time, see training/profiling.py).
+      wandb_project: the project of Weights & Biases that is told what TensorBoard is told; None for none.
     """
 
     run_dir: str
@@ -97,6 +100,8 @@ class Run:
     retention: Retention = Retention()
     max_skipped_in_a_row: int = 10
     data_workers: int = 0
+    profile_steps: tuple[int, int] | None = None
+    wandb_project: str | None = None
 
     def __post_init__(self) -> None:
         """Raises UserError for values that no run can have."""
@@ -113,6 +118,11 @@ class Run:
             raise UserError(f"Run.init_embedding = {self.init_embedding!r}: choose 'mean' or 'random', or None.")
         if self.init_longer and self.init_from is None:
             raise UserError("Run.init_longer is for a run that starts with a finished model; give it --init_from.")
+        if self.profile_steps is not None and not _is_range(self.profile_steps, self.total_steps):
+            raise UserError(
+                f"Run.profile_steps = {self.profile_steps!r}: give the first and the last update to trace, "
+                f"(first, last) with 1 <= first <= last <= {self.total_steps} (Run.total_steps)."
+            )
         if self.export_on_finish is not None:  # what cannot be exported is to be said before it is trained
             require_exportable(*remaining_model(self.model, self.config), self.vocabulary, self.prefix_lm)
 
@@ -184,6 +194,12 @@ class Run:
 def _bindings(loss: Callable[..., Any]) -> dict[str, Any]:
     """Of a schedule only that it is one: like the learning rate's, it may be changed while a run stands still."""
     return {key: "a schedule" if callable(value) else value for key, value in gin.get_bindings(loss).items()}
+
+
+def _is_range(steps: Any, total: int) -> bool:
+    """Whether these are the first and the last of some of the updates 1 … total."""
+    pair = isinstance(steps, (tuple, list)) and len(steps) == 2 and all(isinstance(step, int) for step in steps)
+    return pair and 1 <= steps[0] <= steps[1] <= total
 
 
 def _has_begun(folder: Path) -> bool:

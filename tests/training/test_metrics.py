@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from t5x_domain.training.metrics import JsonLines, read_json_lines
+from t5x_domain.training.metrics import JsonLines, Progress, read_json_lines
 
 
 def write(path, *steps):
@@ -31,3 +31,11 @@ def test_a_line_without_its_end_was_never_written(tmp_path, torn):
 
 def test_no_file_is_no_lines(tmp_path):
     assert read_json_lines(tmp_path / "none.jsonl") == []
+
+
+@pytest.mark.parametrize(("mfu", "shown"), [(0.4132, "  MFU 41.3%"), (None, "")])
+def test_the_line_of_a_logged_step(capsys, mfu, shown):
+    progress = Progress(0, 1000)
+    progress.logged(940, {"loss": 2.34567, "tokens_per_second": 12345.6, "mfu": mfu}, seconds_per_step=2.0)
+    progress.close()
+    assert capsys.readouterr().out == f"step 940/1,000  loss 2.346  12,346 tokens/s{shown}  2:00 left\n"
