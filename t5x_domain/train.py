@@ -11,6 +11,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--run_dir", help="where metrics and checkpoints go; the same as --gin.RUN_DIR")
     parser.add_argument("--init_from", help="a model to start from: a run, a converted or Hugging Face folder")
     parser.add_argument("--export_on_finish", metavar="DIR", help="write the trained model there for Hugging Face")
+    parser.add_argument(
+        "--heartbeat_seconds",
+        type=float,
+        default=60,
+        metavar="N",
+        help="of several processes, one that was not heard of for so long is lost, and the others end (default: 60)",
+    )
     flags, bindings = cli.parse(parser, argv)
     if not flags.gin_file:
         parser.error("--gin_file is needed, for example --gin_file=gin/runs/pretrain.gin")
@@ -23,11 +30,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             bindings.append(f"{name} = {value!r}")
 
     def body() -> int:
-        from t5x_domain.training.loop import train
-        from t5x_domain.training.run import Run
+        from t5x_domain.parallel import processes
 
-        cli.load_gin(flags.gin_file, bindings, flags.gin_search_path)
-        return train(cli.build(Run))
+        processes.start(flags.heartbeat_seconds)
+        with processes.together():
+            from t5x_domain.training.loop import train
+            from t5x_domain.training.run import Run
+
+            cli.load_gin(flags.gin_file, bindings, flags.gin_search_path)
+            return train(cli.build(Run))
 
     cli.run("train", body)
 

@@ -47,7 +47,7 @@ class Checkpoints:
                 )
             )
         self.directory = absolute(directory)
-        self._manager = ocp.CheckpointManager(
+        self._manager = _Manager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policies.AnyPreservationPolicy(rules),
@@ -133,6 +133,12 @@ class Checkpoints:
                 f"The newest complete checkpoint is of step {self._manager.latest_step()}; "
                 "make room or set another --run_dir, then start the same command again."
             ) from error
+
+
+class _Manager(ocp.CheckpointManager):
+    def reached_preemption(self, step: int) -> bool:
+        """The loop asks JAX, which wants every process to count the same steps."""
+        return False
 
 
 def _held_out_loss(metrics: dict[str, float]) -> float:

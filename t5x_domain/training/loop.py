@@ -15,26 +15,27 @@ from t5x_domain.data.curriculum import learning_rate
 from t5x_domain.evaluation.perplexity import headline
 from t5x_domain.files import write_atomically
 from t5x_domain.models.names import path_name
+from t5x_domain.parallel.peers import EXIT_PREEMPTED
+from t5x_domain.parallel.processes import first_does, is_first
 from t5x_domain.training.checkpoint import Checkpoints
 from t5x_domain.training.export import export, require_free_export
 from t5x_domain.training.feed import Feed
 from t5x_domain.training.guard import Guard
 from t5x_domain.training.initial import restore_params, starting_state
 from t5x_domain.training.meter import Meter
-from t5x_domain.training.metrics import MetricsWriter, Progress, read_json_lines
+from t5x_domain.training.metrics import MetricsWriter, Progress, Silent, read_json_lines
 from t5x_domain.training.preemption import PreemptionNotice
 from t5x_domain.training.run import Run
 from t5x_domain.training.state import Blueprint
 from t5x_domain.training.step import make_eval_step, make_train_step
-
-EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: start the same command again
+from t5x_domain.training.stragglers import Stragglers
 
 
 def train(run: Run) -> int:
-    """Trains, or goes on training, until `run.total_steps`.
+    """Trains, or goes on training, until `run.total_steps`; every process of the run calls it.
 
     Returns:
-      0, or EXIT_PREEMPTED after a SIGTERM: everything is saved and the same command goes on from there.
+      0, or EXIT_PREEMPTED after a SIGTERM to any process: everything is saved and the same command goes on from there.
 
     Raises:
       UserError: the configuration, the cache or the run directory is not fit for use; a checkpoint could not be
@@ -52,16 +53,19 @@ def train(run: Run) -> int:
     )
     eval_step = make_eval_step(blueprint, feed.loss)
 
-    run_dir = run.claim_directory(feed.batches.starts)
-    (run_dir / "config.gin").write_text(gin.operative_config_str(), encoding="utf-8")
+    run_dir = first_does(lambda: _claim_directory(run, feed))
     with contextlib.ExitStack() as closing:
         checkpoints = closing.enter_context(contextlib.closing(Checkpoints(run_dir / "checkpoints", run.retention)))
         begins = checkpoints.latest_step is None
         state, start = starting_state(run, blueprint, transform, checkpoints)
-        writer = closing.enter_context(contextlib.closing(MetricsWriter(run_dir, start, begins=begins)))
-        progress = closing.enter_context(contextlib.closing(Progress(start, run.total_steps)))
-        preemption = closing.enter_context(contextlib.closing(PreemptionNotice()))
-        guard, meter = Guard(run, feed), Meter(run, feed, schedule, writer.last_logged, start)
+        writer = MetricsWriter(run_dir, start, begins=begins) if is_first() else Silent()
+        progress = Progress(start, run.total_steps) if is_first() else Silent()
+        preemption = PreemptionNotice(start)
+        stragglers = Stragglers(run_dir, start, progress.say)
+        for each in (writer, progress, preemption, stragglers):
+            closing.enter_context(contextlib.closing(each))
+        last_logged = first_does(lambda: writer.last_logged)
+        guard, meter = Guard(run, feed), Meter(run, feed, schedule, last_logged, start)
         progress.say(f"{blueprint.num_parameters:,} parameters, mesh {dict(mesh.shape)}, from step {start:,}")
         for phase in feed.batches.describe() if len(run.phases) > 1 else ():
             progress.say(phase)
@@ -79,15 +83,18 @@ def train(run: Run) -> int:
         if begins:
             evaluate(start)
         meter.restart()
-        for step, batch, raw_tokens in feed.train_batches(start):
+        for step, batch, raw_tokens in stragglers.of_data(feed.train_batches(start)):
             if len(run.phases) > 1 and (step - 1 in feed.batches.starts or step == start + 1):
                 progress.say(f"step {step:,}: {feed.batches.names[feed.batches.phase_of(step - 1)]}")
             state, metrics = train_step(state, feed.put(batch))
-            last, stop = step == run.total_steps, preemption.given
-            guard.watch(step, metrics)
+            last, stop = step == run.total_steps, preemption.stops_after(step)
+            with stragglers.waiting_for_device():
+                guard.watch(step, metrics)
             meter.count(step, batch, raw_tokens)
             progress.step()
+            stragglers.step()
             if last or step % run.log_every == 0:
+                stragglers.report(step)
                 line = meter.read(step, metrics)
                 writer.log(step, line)
                 progress.logged(step, line, meter.seconds_per_step)
@@ -98,9 +105,16 @@ def train(run: Run) -> int:
             if stop and not last:
                 progress.say(f"told to stop; saving step {step:,}: the same command goes on from there")
                 return EXIT_PREEMPTED
-    summarise(run_dir, feed)
-    export(run)
+    if is_first():
+        summarise(run_dir, feed)
+        export(run)
     return 0
+
+
+def _claim_directory(run: Run, feed: Feed) -> Path:
+    run_dir = run.claim_directory(feed.batches.starts)
+    (run_dir / "config.gin").write_text(gin.operative_config_str(), encoding="utf-8")
+    return run_dir
 
 
 def open_trained(run: Run) -> tuple[Feed, Blueprint, Any]:

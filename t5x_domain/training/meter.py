@@ -46,10 +46,10 @@ class Meter:
         values = jax.device_get(metrics)
         seconds = time.perf_counter() - self._clock
         self.seconds_per_step = seconds / max(self._steps, 1)
-        rate = self._tokens * jax.process_count() / seconds
+        rate = self._tokens * self._feed.num_shares / seconds
         self.restart()
         weight = max(float(values["weight"]), 1.0)
-        raw_tokens, self._raw_tokens = _over_hosts(self._raw_tokens), {}
+        raw_tokens, self._raw_tokens = _over_hosts(self._raw_tokens, self._feed.num_shares), {}
         return {
             "loss": float(values["loss"]),
             "accuracy": float(values["correct"]) / weight,
@@ -73,11 +73,12 @@ class Meter:
         return {name: float(nll / weight) if weight else None for name, (nll, weight) in sums.items()}
 
 
-def _over_hosts(counts: dict[str, dict[str, int]]) -> dict[str, dict[str, int]]:
-    """Sums over all processes; all have the same names in the same order."""
+def _over_hosts(counts: dict[str, dict[str, int]], num_shares: int) -> dict[str, dict[str, int]]:
+    """Sums over the shares of a batch, of which as many processes read each; all have the same names in order."""
     if jax.process_count() == 1:
         return counts
     from jax.experimental.multihost_utils import process_allgather
 
     leaves, tree = jax.tree.flatten(counts)
-    return jax.tree.unflatten(tree, process_allgather(np.array(leaves)).sum(axis=0).tolist())
+    sums = process_allgather(np.array(leaves)).sum(axis=0)
+    return jax.tree.unflatten(tree, (sums * num_shares // jax.process_count()).tolist())

@@ -4,7 +4,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +85,14 @@ class MetricsWriter:
         self._metrics.close()
         self._evaluations.close()
         self._events.close()
+
+
+class Silent:
+    """In place of `MetricsWriter` and `Progress` in processes that do not write: takes every call and does nothing."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        """Every method."""
+        return lambda *args, **kwargs: None
 
 
 class Progress:
