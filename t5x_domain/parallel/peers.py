@@ -1,5 +1,6 @@
 """The other processes of a run: they are watched, and all end together."""
 
+import contextlib
 import ctypes
 import json
 import os
@@ -39,13 +40,15 @@ class Peers:
         self._ending = threading.RLock()  # held by the thread that ends the process
         if index:
             _on_abort(self._explain_abort)
-        for watch in (self._watch_signs_of_life, self._watch_ends):
-            threading.Thread(target=watch, daemon=True).start()
+        watches = (self._watch_signs_of_life, self._watch_ends)
+        self._threads = [threading.Thread(target=watch, daemon=True) for watch in watches]
+        for thread in self._threads:
+            thread.start()
 
     def finish(self) -> None:
         """Waits until all processes have come so far, and takes leave of them."""
         self.client.wait_at_barrier("t5x_domain/finish", DAY)
-        self._begin_to_end()
+        self._end_here()
         if self.index:
             self.client.key_value_set(f"{_GONE}{self.index}", "")
         else:
@@ -53,26 +56,26 @@ class Peers:
             while len(self.client.key_value_dir_get(_GONE)) < self.count - 1 and time.monotonic() < deadline:
                 time.sleep(0.05)
             time.sleep(0.5)  # between their last word and the end of their connections
-        import jax
-
-        jax.distributed.shutdown()
+        self._leave()
 
     def fail(self, error: BaseException) -> None:
         """Tells the other processes that this one ends with `error`, and why."""
         if not isinstance(error, (UserError, KeyboardInterrupt, SystemExit)):
-            # When a process is lost, what the others see first is that a collective operation of theirs has failed.
-            seconds = self._heartbeat * 1.1 + 5
-            self._say(f"{_one_line(error)}; waiting {seconds:.0f} s to learn whether another process was lost")
-            time.sleep(seconds)
-        self._begin_to_end()
+            self.rule_out_loss(error)
+        self._end_here()
         status = 2 if isinstance(error, UserError) else EXIT_PREEMPTED
         end = {"process": self.index, "status": status, "reason": _one_line(error)}
-        try:
+        with contextlib.suppress(RuntimeError):  # another process has been faster, or the service is gone: they know
             self.client.key_value_set(_ENDED, json.dumps(end))
-        except Exception:  # another process has been faster, or the service is gone: then they know
-            return
         if self.index == 0:
             time.sleep(_FAREWELL_SECONDS)
+        self._leave()
+
+    def rule_out_loss(self, error: BaseException) -> None:
+        """Does not return if `error` comes of a lost process: what the others see first is that an exchange failed."""
+        seconds = self._heartbeat * 1.1 + 5
+        self._say(f"{_one_line(error)}; waiting {seconds:.0f} s to learn whether another process was lost")
+        time.sleep(seconds)
 
     def _watch_signs_of_life(self) -> None:
         while True:
@@ -80,11 +83,11 @@ class Peers:
             try:
                 # Returns when all that are alive ask; they are few bytes and far between.
                 lost = set(range(self.count)) - set(self.client.get_live_nodes(list(range(self.count))))
-            except Exception as error:
-                self._end(f"process 0 ({self._address}) does not answer: {_one_line(error)}; {_AGAIN}")
+            except RuntimeError as error:
+                return self._end(f"process 0 ({self._address}) does not answer: {_one_line(error)}; {_AGAIN}")
             if lost:
                 names = ", ".join(map(str, sorted(lost)))
-                self._end(
+                return self._end(
                     f"process {names} was lost: nothing was heard of it for {self._heartbeat:g} s "
                     f"(--heartbeat_seconds); {_AGAIN}"
                 )
@@ -92,14 +95,15 @@ class Peers:
     def _watch_ends(self) -> None:
         try:
             end = json.loads(self.client.blocking_key_value_get(_ENDED, DAY))
-        except Exception:  # the connection is gone, which others deal with
+        except RuntimeError:  # the connection is gone, which others deal with
             return
         if end["process"] != self.index:
             again = "" if end["status"] == 2 else f"; {_AGAIN}"
             self._end(f"process {end['process']} ended: {end['reason']}{again}", end["status"])
 
     def _end(self, sentence: str, status: int = EXIT_PREEMPTED) -> None:
-        self._begin_to_end()
+        if not self._begin_to_end():
+            return
         self._say(sentence)
         if self.index == 0:
             time.sleep(_FAREWELL_SECONDS)
@@ -114,10 +118,25 @@ class Peers:
         except OSError:
             self._end(f"process 0 ({self._address}), which the others need, was lost; {_AGAIN}")
 
-    def _begin_to_end(self) -> None:
-        """Returns to the first thread that asks; the others of this process have nothing to say any more."""
-        if not self._ending.acquire(blocking=False):
+    def _begin_to_end(self) -> bool:
+        """Whether this thread, as the first that asks, is to end the process."""
+        first = self._ending.acquire(blocking=False)
+        if first:
+            _delay_abort()
+        return first
+
+    def _end_here(self) -> None:
+        """Returns if the main thread is to end the process; otherwise that is about to end."""
+        if not self._begin_to_end():
             threading.Event().wait()
+
+    def _leave(self) -> None:
+        """Lets go of the service, and of the threads that listen to it, which would not survive the interpreter."""
+        import jax
+
+        jax.distributed.shutdown()
+        for thread in self._threads:
+            thread.join(timeout=5)
 
     def _say(self, sentence: str) -> None:
         print(f"t5x-domain: process {self.index}: {sentence}", file=sys.stderr, flush=True)
@@ -136,6 +155,15 @@ def _on_abort(explain: Any) -> None:
     handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda _: explain())
     _HANDLERS.append(handler)
     ctypes.CDLL(None).signal(signal.SIGABRT, handler)
+
+
+def _delay_abort() -> None:
+    """From now on a thread that aborts waits, while the one that has begun to end the process does so in its own way.
+
+    The handler is C's sleep(), which takes the number of the signal for seconds, since Python may be gone by then.
+    """
+    c = ctypes.CDLL(None)
+    c.signal(signal.SIGABRT, c.sleep)
 
 
 def _one_line(error: BaseException) -> str:

@@ -11,6 +11,7 @@ import orbax.checkpoint as ocp
 
 from t5x_domain.conversion.stores import absolute
 from t5x_domain.errors import UserError
+from t5x_domain.parallel.processes import peers
 from t5x_domain.training.state import TrainState
 
 
@@ -128,6 +129,8 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # Orbax and TensorStore raise many kinds, full disks among them
+            if others := peers():
+                others.rule_out_loss(error)
             raise UserError(
                 f"{what} could not be written to {self.directory}: {' '.join(str(error).split())[:300]}. "
                 f"The newest complete checkpoint is of step {self._manager.latest_step()}; "

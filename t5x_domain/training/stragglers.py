@@ -15,6 +15,7 @@ from t5x_domain.training.metrics import JsonLines
 
 _SLOWER = 1.5  # times the median of the others
 _SHARE = 0.1  # of a step: what is less than that keeps nobody waiting
+_ENOUGH = 5  # steps for a median that says something
 _STEPS = "t5x_domain/steps/"
 
 
@@ -92,6 +93,7 @@ def summary(times: list[tuple[float, float, float]]) -> dict[str, Any]:
     steps, data, devices = np.array(times).T
     return {
         "host": f"process {jax.process_index()} on {socket.gethostname()}",
+        "steps": len(times),
         "p50": float(np.median(steps)),
         "p90": float(np.percentile(steps, 90)),
         "max": float(steps.max()),
@@ -108,7 +110,12 @@ def slow(hosts: list[Mapping[str, Any]]) -> list[str]:
         usual = (
             {part: float(np.median([other[part] for other in others])) for part in ("busy", "data")} if others else {}
         )
-        if not others or host["busy"] < _SLOWER * usual["busy"] or host["busy"] - usual["busy"] < _SHARE * host["p50"]:
+        if (
+            not others
+            or host["steps"] < _ENOUGH
+            or host["busy"] < _SLOWER * usual["busy"]
+            or host["busy"] - usual["busy"] < _SHARE * host["p50"]
+        ):
             continue
         extra = host["busy"] - usual["busy"]
         cause = "waiting for data" if host["data"] - usual["data"] > extra / 2 else "not waiting for data"
