@@ -132,8 +132,12 @@ def _first_line(error: Exception) -> str:
 
 def run(verb: str, body: Callable[[], int | None]) -> None:
     """Calls `body` and turns a `UserError` into one line on stderr and exit status 2."""
+    from t5x_domain.parallel.processes import require_one
+
     show_messages()
     try:
+        if verb != "train":
+            require_one(verb)
         status = body()
     except UserError as error:
         print(f"t5x-domain {verb}: error: {_first_line(error)}", file=sys.stderr)

@@ -19,6 +19,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="where compiled programs are kept for the next start; "
         "by default JAX_COMPILATION_CACHE_DIR, else RUN_DIR/compilation_cache",
     )
+    parser.add_argument(
+        "--heartbeat_seconds",
+        type=float,
+        default=60,
+        metavar="N",
+        help="of several processes, one that was not heard of for so long is lost, and the others end (default: 60)",
+    )
     flags, bindings = cli.parse(parser, argv)
     if not flags.gin_file:
         parser.error("--gin_file is needed, for example --gin_file=gin/runs/pretrain.gin")
@@ -31,14 +38,18 @@ def main(argv: Sequence[str] | None = None) -> None:
             bindings.append(f"{name} = {value!r}")
 
     def body() -> int:
-        from t5x_domain.training.compilation_cache import use_compilation_cache
-        from t5x_domain.training.loop import train
-        from t5x_domain.training.run import Run
+        from t5x_domain.parallel import processes
 
-        cli.load_gin(flags.gin_file, bindings, flags.gin_search_path)
-        run = cli.build(Run)
-        use_compilation_cache(flags.compilation_cache, run.run_dir)
-        return train(run, began)
+        processes.start(flags.heartbeat_seconds)
+        with processes.together():
+            from t5x_domain.training.compilation_cache import use_compilation_cache
+            from t5x_domain.training.loop import train
+            from t5x_domain.training.run import Run
+
+            cli.load_gin(flags.gin_file, bindings, flags.gin_search_path)
+            run = cli.build(Run)
+            use_compilation_cache(flags.compilation_cache, run.run_dir)
+            return train(run, began)
 
     cli.run("train", body)
 

@@ -9,6 +9,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from t5x_domain.errors import UserError
+
 # Parameters shard their `embed` axis over fsdp; activations keep theirs whole, hence the two names.
 RULES: Mapping[str, str | tuple[str, ...] | None] = {
     "batch": ("slice", "data", "fsdp"),
@@ -60,6 +62,28 @@ def spec(mesh: Mesh, shape: tuple[int, ...], names: tuple[str | None, ...]) -> P
 def batch_shares(mesh: Mesh) -> int:
     """Parts into which the mesh cuts a batch."""
     return math.prod(mesh.shape[axis] for axis in RULES["batch"])
+
+
+def process_share(mesh: Mesh) -> tuple[int, int]:
+    """(i, n): this process's devices hold the i-th of n parts of every batch.
+
+    Processes among which only the sequence or matrix products are divided hold the same part. Where a process's rows
+    do not lie side by side, its part stands there all the same: a batch has the same rows, in another order.
+
+    Raises:
+      UserError: processes hold rows in common and others not.
+    """
+    shape = (batch_shares(mesh),)
+    rows: dict[int, set[int]] = {}
+    for device, (index,) in sharding(mesh, shape, ("batch",)).devices_indices_map(shape).items():
+        rows.setdefault(device.process_index, set()).add(index.indices(shape[0])[0])
+    parts = sorted({tuple(sorted(held)) for held in rows.values()})
+    if len({len(part) for part in parts}) > 1 or sum(map(len, parts)) != shape[0]:
+        raise UserError(
+            f"mesh {dict(mesh.shape)}: the {len(rows)} processes hold overlapping parts of a batch; choose "
+            "MeshShape.sequence and .tensor so that their product divides a process's devices or is a multiple."
+        )
+    return parts.index(tuple(sorted(rows[jax.process_index()]))), len(parts)
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:

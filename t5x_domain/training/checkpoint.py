@@ -11,6 +11,7 @@ import orbax.checkpoint as ocp
 
 from t5x_domain.conversion.stores import absolute
 from t5x_domain.errors import UserError
+from t5x_domain.parallel.processes import peers
 from t5x_domain.training.state import TrainState
 
 
@@ -47,7 +48,7 @@ class Checkpoints:
                 )
             )
         self.directory = absolute(directory)
-        self._manager = ocp.CheckpointManager(
+        self._manager = _Manager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policies.AnyPreservationPolicy(rules),
@@ -128,11 +129,19 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # Orbax and TensorStore raise many kinds, full disks among them
+            if others := peers():
+                others.rule_out_loss(error)
             raise UserError(
                 f"{what} could not be written to {self.directory}: {' '.join(str(error).split())[:300]}. "
                 f"The newest complete checkpoint is of step {self._manager.latest_step()}; "
                 "make room or set another --run_dir, then start the same command again."
             ) from error
+
+
+class _Manager(ocp.CheckpointManager):
+    def reached_preemption(self, step: int) -> bool:
+        """The loop asks JAX, which wants every process to count the same steps."""
+        return False
 
 
 def _held_out_loss(metrics: dict[str, float]) -> float:

@@ -3,8 +3,6 @@
 import json
 from pathlib import Path
 
-import jax
-
 from t5x_domain.conversion.folders import require_free
 from t5x_domain.conversion.formats import write_checkpoint
 from t5x_domain.conversion.native import open_native
@@ -29,7 +27,7 @@ def export(run: Run) -> None:
       UserError: the folder holds something else by now, or the disk is full.
     """
     target = run.export_on_finish
-    if target is None or jax.process_index() != 0 or _is_done(run):
+    if target is None or _is_done(run):
         return
     write_checkpoint(discriminator(open_native(run.run_dir)), target, "huggingface", flag=_FLAG)
     written = json.dumps([*_written(run), str(Path(target).resolve())], indent=1)

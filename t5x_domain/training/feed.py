@@ -18,7 +18,7 @@ from t5x_domain.errors import UserError
 from t5x_domain.evaluation.perplexity import held_out_scores
 from t5x_domain.models.assemblies import DecoderOnly, EncoderDecoder, EncoderOnly
 from t5x_domain.models.rtd import DetectingEncoderDecoder, ReplacedTokenDetection
-from t5x_domain.parallel.sharding import batch_shares, sharding
+from t5x_domain.parallel.sharding import batch_shares, process_share, sharding
 from t5x_domain.training.run import Run
 
 # How examples become the features that an assembly takes.
@@ -57,7 +57,11 @@ def require_divisible(batch_size: int, accumulation_steps: int, mesh: Mesh) -> N
 
 
 class Feed:
-    """Training and held-out batches of a run."""
+    """Training and held-out batches of a run.
+
+    Attributes:
+      share, num_shares: which part of every batch this process reads, see `parallel.sharding.process_share`.
+    """
 
     def __init__(self, run: Run, mesh: Mesh) -> None:
         """Opens the caches.
@@ -68,6 +72,7 @@ class Feed:
         """
         require_divisible(run.batch_size, run.accumulation_steps, mesh)
         self._run, self._mesh, self._layout = run, mesh, layout_of(run)
+        self.share, self.num_shares = process_share(mesh)
         self.eval_components = list((run.eval_mixture or run.phases[-1].mixture).components)
         self.components = _by_name([*(c for phase in run.phases for c in phase.components), *self.eval_components])
         self.loss = functools.partial(run.loss, num_components=len(self.components), **asked_by_loss(run))
@@ -177,8 +182,8 @@ class Feed:
             batch_size=run.batch_size,
             seed=run.seed,
             packing=run.packing,
-            host=jax.process_index(),
-            num_hosts=jax.process_count(),
+            host=self.share,
+            num_hosts=self.num_shares,
             component_names=[component.name for component in self.components],
             **more,
         )

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 from t5x_domain.files import write_atomically
+from t5x_domain.parallel.processes import is_first
 from t5x_domain.training.metrics import JsonLines, read_json_lines
 
 CAUSES = (
@@ -99,7 +100,7 @@ class Ledger:
         """Writes down what has passed until now, after `step` updates; returns the whole run's share and seconds."""
         seconds, total = dict(self.seconds()), self._total()
         self._step = step
-        if jax.process_index() == 0:
+        if is_first():
             self._write({"step": step, "seconds": seconds, **facts})
             if self._since - self._last_summary >= _SECONDS_BETWEEN_SUMMARIES:
                 self._write_summary(total)

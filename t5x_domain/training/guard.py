@@ -12,7 +12,7 @@ from t5x_domain.training.run import Run
 
 
 class Guard:
-    """Ends a run whose updates are not finite any more, and keeps the batch for inspection."""
+    """Ends a run whose updates are not finite any more, and keeps the batch for inspection, every process its rows."""
 
     def __init__(self, run: Run, feed: Feed) -> None:
         """`run.max_skipped_in_a_row` such updates end the run."""
@@ -35,7 +35,8 @@ class Guard:
         step, metrics = self._pending
         skipped = int(metrics["skipped_in_a_row"])
         if skipped >= self._run.max_skipped_in_a_row:
-            path = Path(self._run.run_dir) / f"nonfinite_batch_{step}.npz"
+            part = f"_rows_of_process_{jax.process_index()}" if jax.process_count() > 1 else ""
+            path = Path(self._run.run_dir) / f"nonfinite_batch_{step}{part}.npz"
             np.savez(path, **self._feed.batches[step - 1])
             raise UserError(
                 f"the last {skipped} updates up to step {step} were not finite and were skipped; the batch of the last "

@@ -18,6 +18,7 @@ from t5x_domain.conversion.rtd import as_begin_of
 from t5x_domain.errors import UserError
 from t5x_domain.models.config import ModelConfig
 from t5x_domain.models.names import path_name
+from t5x_domain.parallel.processes import is_first
 from t5x_domain.training.checkpoint import Checkpoints
 from t5x_domain.training.run import Run
 from t5x_domain.training.second_moments import with_second_moments
@@ -193,7 +194,7 @@ def _t5x_options(run: Run) -> dict[str, Any]:
 
 
 def _say(text: str) -> None:
-    if jax.process_index() == 0:
+    if is_first():
         print(text)
 
 

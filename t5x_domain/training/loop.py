@@ -15,6 +15,8 @@ from t5x_domain.data.curriculum import learning_rate
 from t5x_domain.evaluation.perplexity import headline
 from t5x_domain.files import write_atomically
 from t5x_domain.models.names import path_name
+from t5x_domain.parallel.peers import EXIT_PREEMPTED
+from t5x_domain.parallel.processes import first_does, is_first
 from t5x_domain.training.checkpoint import Checkpoints
 from t5x_domain.training.export import export, require_free_export
 from t5x_domain.training.feed import Feed
@@ -22,27 +24,26 @@ from t5x_domain.training.goodput import Ledger
 from t5x_domain.training.guard import Guard
 from t5x_domain.training.initial import restore_params, starting_state
 from t5x_domain.training.meter import Meter
-from t5x_domain.training.metrics import MetricsWriter, Progress, read_json_lines
+from t5x_domain.training.metrics import MetricsWriter, Progress, Silent, read_json_lines
 from t5x_domain.training.preemption import PreemptionNotice
 from t5x_domain.training.profiling import Profiler
 from t5x_domain.training.run import Run
 from t5x_domain.training.state import Blueprint
 from t5x_domain.training.step import make_eval_step, make_train_step
 from t5x_domain.training.step_clock import StepClock
+from t5x_domain.training.stragglers import Stragglers
 from t5x_domain.training.weights_and_biases import WeightsAndBiases
-
-EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: start the same command again
 
 
 def train(run: Run, began: float | None = None) -> int:
-    """Trains, or goes on training, until `run.total_steps`.
+    """Trains, or goes on training, until `run.total_steps`; every process of the run calls it.
 
     Args:
       run: what.
       began: when the program was started, seconds since 1970, for the account of the run's time; now by default.
 
     Returns:
-      0, or EXIT_PREEMPTED after a SIGTERM: everything is saved and the same command goes on from there.
+      0, or EXIT_PREEMPTED after a SIGTERM to any process: everything is saved and the same command goes on from there.
 
     Raises:
       UserError: the configuration, the cache or the run directory is not fit for use; a checkpoint could not be
@@ -65,25 +66,27 @@ def _train(run: Run, ledger: Ledger) -> int:
     )
     eval_step = make_eval_step(blueprint, feed.loss)
 
-    run_dir = run.claim_directory(feed.batches.starts)
-    (run_dir / "config.gin").write_text(gin.operative_config_str(), encoding="utf-8")
+    run_dir = first_does(lambda: _claim_directory(run, feed))
     with contextlib.ExitStack() as closing:
         checkpoints = closing.enter_context(contextlib.closing(Checkpoints(run_dir / "checkpoints", run.retention)))
         begins = checkpoints.latest_step is None
         wandb = None
-        if run.wandb_project is not None and jax.process_index() == 0:
+        if run.wandb_project is not None and is_first():
             wandb = WeightsAndBiases(run.wandb_project, run_dir, run.identity(feed.batches.starts))
             closing.enter_context(contextlib.closing(wandb))
         state, start = starting_state(run, blueprint, transform, checkpoints)
         ledger.open(run_dir, start, run.total_steps)
-        writer = closing.enter_context(contextlib.closing(MetricsWriter(run_dir, start, begins=begins, wandb=wandb)))
-        progress = closing.enter_context(contextlib.closing(Progress(start, run.total_steps)))
-        preemption = closing.enter_context(contextlib.closing(PreemptionNotice()))
-        step_clock = closing.enter_context(contextlib.closing(StepClock(ledger)))
+        writer = MetricsWriter(run_dir, start, begins=begins, wandb=wandb) if is_first() else Silent()
+        progress = Progress(start, run.total_steps) if is_first() else Silent()
+        preemption = PreemptionNotice(start)
+        stragglers = Stragglers(run_dir, start, progress.say)
+        step_clock = StepClock(ledger)
         profiler = Profiler(run_dir / "profile", run.profile_steps, step_clock, progress.say)
-        closing.enter_context(contextlib.closing(profiler))
+        for each in (writer, progress, preemption, stragglers, step_clock, profiler):
+            closing.enter_context(contextlib.closing(each))
+        last_logged = first_does(lambda: writer.last_logged)
         guard = Guard(run, feed)
-        meter = Meter(run, feed, schedule, writer.last_logged, start, ledger=ledger, step_clock=step_clock)
+        meter = Meter(run, feed, schedule, last_logged, start, ledger=ledger, step_clock=step_clock)
         progress.say(f"{blueprint.num_parameters:,} parameters, mesh {dict(mesh.shape)}, from step {start:,}")
         for phase in feed.batches.describe() if len(run.phases) > 1 else ():
             progress.say(phase)
@@ -102,20 +105,23 @@ def _train(run: Run, ledger: Ledger) -> int:
             evaluate(start)
         closing.callback(ledger.enter, "checkpoint")  # the last thing to be done is to wait until it is complete
         ledger.enter("step")
-        for step, batch, raw_tokens in step_clock.timed(feed.train_batches(start)):
+        for step, batch, raw_tokens in stragglers.of_data(step_clock.timed(feed.train_batches(start))):
             if len(run.phases) > 1 and (step - 1 in feed.batches.starts or step == start + 1):
                 progress.say(f"step {step:,}: {feed.batches.names[feed.batches.phase_of(step - 1)]}")
             with profiler.update(step):
                 state, metrics = train_step(state, feed.put(batch))
                 step_clock.dispatched(metrics)
-            last, stop = step == run.total_steps, preemption.given
-            guard.watch(step, metrics)
+            last, stop = step == run.total_steps, preemption.stops_after(step)
+            with stragglers.waiting_for_device():
+                guard.watch(step, metrics)
             meter.count(step, batch, raw_tokens)
             progress.step()
+            stragglers.step()
             if step == start + 1:
                 step_clock.settle()
                 progress.say(ledger.first_step(step))
             if last or step % run.log_every == 0:
+                stragglers.report(step)
                 line = meter.read(step, metrics)
                 writer.log(step, line)
                 writer.show("goodput", step, ledger.record(step))
@@ -130,9 +136,16 @@ def _train(run: Run, ledger: Ledger) -> int:
                 progress.say(f"told to stop; saving step {step:,}: the same command goes on from there")
                 return EXIT_PREEMPTED
     ledger.enter("export")
-    summarise(run_dir, feed)
-    export(run)
+    if is_first():
+        summarise(run_dir, feed)
+        export(run)
     return 0
+
+
+def _claim_directory(run: Run, feed: Feed) -> Path:
+    run_dir = run.claim_directory(feed.batches.starts)
+    (run_dir / "config.gin").write_text(gin.operative_config_str(), encoding="utf-8")
+    return run_dir
 
 
 def open_trained(run: Run) -> tuple[Feed, Blueprint, Any]:

@@ -72,7 +72,7 @@ class Meter:
         values, step_seconds = jax.device_get(metrics), self._step_clock.percentiles()
         rate, mfu = self._rate()
         weight = max(float(values["weight"]), 1.0)
-        raw_tokens, self._raw_tokens = _over_hosts(self._raw_tokens), {}
+        raw_tokens, self._raw_tokens = _over_hosts(self._raw_tokens, self._feed.num_shares), {}
         return {
             "loss": float(values["loss"]),
             "accuracy": float(values["correct"]) / weight,
@@ -97,7 +97,7 @@ class Meter:
         """Tokens per second and model FLOPs utilisation since the last call."""
         now = self._training_seconds()
         seconds, steps = now - self._seconds_before, self._steps
-        tokens = self._tokens * jax.process_count()
+        tokens = self._tokens * self._feed.num_shares
         self.seconds_per_step = seconds / steps
         self._tokens, self._steps, self._seconds_before = 0, 0, now
         chip = chip_of(jax.devices()[0])
@@ -126,11 +126,12 @@ def resident_bytes() -> int | None:
     return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else None
 
 
-def _over_hosts(counts: dict[str, dict[str, int]]) -> dict[str, dict[str, int]]:
-    """Sums over all processes; all have the same names in the same order."""
+def _over_hosts(counts: dict[str, dict[str, int]], num_shares: int) -> dict[str, dict[str, int]]:
+    """Sums over the shares of a batch, of which as many processes read each; all have the same names in order."""
     if jax.process_count() == 1:
         return counts
     from jax.experimental.multihost_utils import process_allgather
 
     leaves, tree = jax.tree.flatten(counts)
-    return jax.tree.unflatten(tree, process_allgather(np.array(leaves)).sum(axis=0).tolist())
+    sums = process_allgather(np.array(leaves)).sum(axis=0)
+    return jax.tree.unflatten(tree, (sums * num_shares // jax.process_count()).tolist())

@@ -4,7 +4,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +101,14 @@ def _flat(prefix: str, values: Mapping[str, Any]) -> Iterator[tuple[str, float]]
             yield from _flat(f"{prefix}/{name}", value)
         elif value is not None:
             yield f"{prefix}/{name}", value
+
+
+class Silent:
+    """In place of `MetricsWriter` and `Progress` in processes that do not write: takes every call and does nothing."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        """Every method."""
+        return lambda *args, **kwargs: None
 
 
 class Progress:

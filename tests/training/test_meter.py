@@ -33,7 +33,7 @@ class Bench:
         clock = SimpleNamespace(percentiles=lambda: {"p50": 1.0, "p90": 1.0, "max": 1.0})
         self.meter = meter.Meter(
             run,
-            SimpleNamespace(batches=batches, components=[]),
+            SimpleNamespace(batches=batches, components=[], num_shares=1),
             lambda step: 0.1,
             0,
             0,

@@ -1,0 +1,126 @@
+"""Which of several processes keeps the others waiting: every process's step times, and a line about the slow one."""
+
+import contextlib
+import json
+import socket
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from t5x_domain.parallel.processes import is_first, peers
+from t5x_domain.training.metrics import JsonLines
+
+_SLOWER = 1.5  # times the median of the others
+_SHARE = 0.1  # of a step: what is less than that keeps nobody waiting
+_ENOUGH = 5  # steps for a median that says something
+_STEPS = "t5x_domain/steps/"
+
+
+class Stragglers:
+    """Step times of all processes, in hosts.jsonl, at every logged step.
+
+    An update ends in all processes at once, since they exchange gradients; so a slow one does not show in its own
+    step time but in everybody's. What is compared is therefore the time that a process was busy itself, reading data
+    and the rest, and did not wait for its devices. Nothing waits for the numbers: they travel beside the training, and
+    process 0 writes at a logged step what was sent at the one before.
+    """
+
+    def __init__(self, run_dir: Path, start: int, say: Callable[[str], None]) -> None:
+        """Continues the file of a run that goes on from step `start`; `say` shows a line."""
+        self._peers, self._say = peers(), say
+        self._times: list[tuple[float, float, float]] = []  # (step, data, devices), seconds
+        self._data = self._device = 0.0
+        self._began = time.perf_counter()
+        self._reported: int | None = None
+        self._lines = JsonLines(run_dir / "hosts.jsonl", start) if self._peers and is_first() else None
+
+    def of_data[T](self, batches: Iterable[T]) -> Iterator[T]:
+        """The same batches, and the time until each comes; a step begins when the loop asks for its batch."""
+        batches = iter(batches)
+        while True:
+            self._began = time.perf_counter()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            self._data, self._device = time.perf_counter() - self._began, 0.0
+            yield batch
+
+    @contextlib.contextmanager
+    def waiting_for_device(self) -> Iterator[None]:
+        """Around what waits for the devices."""
+        began = time.perf_counter()
+        yield
+        self._device += time.perf_counter() - began
+
+    def step(self) -> None:
+        """Ends a step; evaluations and checkpoints come after."""
+        self._times.append((time.perf_counter() - self._began, self._data, self._device))
+
+    def report(self, step: int) -> None:
+        """Sends this process's times since the last report, and in process 0 writes those that were sent then."""
+        if self._peers is None:
+            return
+        self._write_reported()
+        key = f"{_STEPS}{step}/{self._peers.index:06}"
+        self._peers.client.key_value_set(key, json.dumps(summary(self._times)))
+        self._reported, self._times = step, []
+
+    def _write_reported(self) -> None:
+        if self._lines is None or self._reported is None:
+            return
+        sent = self._peers.client.key_value_dir_get(f"{_STEPS}{self._reported}/")
+        hosts = [json.loads(value) for _, value in sorted(sent)]
+        self._peers.client.key_value_delete(f"{_STEPS}{self._reported}/")
+        self._lines.write({"step": self._reported, "hosts": hosts})
+        for line in slow(hosts):
+            self._say(f"step {self._reported:,}: {line}")
+
+    def close(self) -> None:
+        """Writes what was sent last."""
+        self._write_reported()
+        if self._lines is not None:
+            self._lines.close()
+
+
+def summary(times: list[tuple[float, float, float]]) -> dict[str, Any]:
+    """One process's line: percentiles of seconds a step, and medians of its parts."""
+    import jax
+
+    steps, data, devices = np.array(times).T
+    return {
+        "host": f"process {jax.process_index()} on {socket.gethostname()}",
+        "steps": len(times),
+        "p50": float(np.median(steps)),
+        "p90": float(np.percentile(steps, 90)),
+        "max": float(steps.max()),
+        "busy": float(np.median(steps - devices)),
+        "data": float(np.median(data)),
+    }
+
+
+def slow(hosts: list[Mapping[str, Any]]) -> list[str]:
+    """A sentence about every process that keeps the others waiting: busy longer than they, and for long enough."""
+    lines = []
+    for host in hosts:
+        others = [other for other in hosts if other is not host]
+        usual = (
+            {part: float(np.median([other[part] for other in others])) for part in ("busy", "data")} if others else {}
+        )
+        if (
+            not others
+            or host["steps"] < _ENOUGH
+            or host["busy"] < _SLOWER * usual["busy"]
+            or host["busy"] - usual["busy"] < _SHARE * host["p50"]
+        ):
+            continue
+        extra = host["busy"] - usual["busy"]
+        cause = "waiting for data" if host["data"] - usual["data"] > extra / 2 else "not waiting for data"
+        lines.append(
+            f"{host['host']} keeps the others waiting: busy {host['busy']:.3g} s a step against {usual['busy']:.3g} s, "
+            f"{cause} ({host['data']:.3g} s against {usual['data']:.3g} s)"
+        )
+    return lines
