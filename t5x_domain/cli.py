@@ -1,6 +1,6 @@
 """Command line shared by every verb: gin files, gin bindings, and errors a user can read.
 
-Only the standard library is imported here, by what is imported as well, so that `--help` and flag errors answer at once.
+Only the standard library is imported here, and in what is imported, so that `--help` and flag errors answer at once.
 """
 
 import argparse

@@ -1,12 +1,16 @@
 """How a process learns from its environment that there are others."""
 
 import os
+import socket
+import subprocess
+import sys
 
 import pytest
 
 from t5x_domain import evaluate
 from t5x_domain.errors import UserError
 from t5x_domain.parallel import processes
+from tests.processes.cluster import LIMIT_SECONDS, REPOSITORY, free_port
 
 ALL = {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:1234", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
 SLURM = {
@@ -74,6 +78,27 @@ def test_half_a_description_is_refused(describe, changed, message):
         processes.start()
 
 
+def test_a_port_in_use_is_refused(describe):
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        describe(ALL | {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_PROCESS_ID": "0"})
+        with pytest.raises(UserError, match=f"port {port} of this host cannot be used .*; choose another"):
+            processes.start()
+
+
+def test_a_process_that_waits_for_others_in_vain_says_so(describe, tmp_path):
+    """JAX aborts it after the time; the status says that it may be started again."""
+    alone = "from t5x_domain.parallel import processes; processes._MEET_SECONDS = 1; processes.start()"
+    describe(ALL | {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}"})
+    result = subprocess.run(
+        [sys.executable, "-c", alone], cwd=REPOSITORY, capture_output=True, text=True, timeout=LIMIT_SECONDS
+    )
+    assert result.returncode == 75, result.stderr
+    assert "the processes of this run did not all come together within 1 s" in result.stderr
+
+
 def test_a_heartbeat_below_a_second_is_refused(describe):
     describe(ALL)
     with pytest.raises(UserError, match="--heartbeat_seconds=0.5: it must be at least 1"):
@@ -83,6 +108,6 @@ def test_a_heartbeat_below_a_second_is_refused(describe):
 def test_verbs_of_one_process_refuse_several(describe, capsys):
     describe(ALL)
     with pytest.raises(SystemExit) as stopped:
-        evaluate.main(["--gin_file=gin/runs/pretrain.gin"])
+        evaluate.main(["--run_dir=runs/demo"])
     assert stopped.value.code == 2
     assert "evaluate runs in one process, but the environment describes several" in capsys.readouterr().err
