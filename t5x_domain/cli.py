@@ -1,6 +1,6 @@
 """Command line shared by every verb: gin files, gin bindings, and errors a user can read.
 
-Only the standard library is imported here, so that `--help` and flag errors answer at once.
+Only the standard library is imported here, and in what is imported, so that `--help` and flag errors answer at once.
 """
 
 import argparse
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from t5x_domain.errors import UserError
+from t5x_domain.parallel.processes import require_one
 
 VERBS = {
     "prepare": "train a vocabulary and tokenise corpora into the token cache",
@@ -132,8 +133,6 @@ def _first_line(error: Exception) -> str:
 
 def run(verb: str, body: Callable[[], int | None]) -> None:
     """Calls `body` and turns a `UserError` into one line on stderr and exit status 2."""
-    from t5x_domain.parallel.processes import require_one
-
     show_messages()
     try:
         if verb != "train":

@@ -4,6 +4,7 @@ import time
 from collections.abc import Sequence
 
 from t5x_domain import cli
+from t5x_domain.parallel import processes
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -22,9 +23,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--heartbeat_seconds",
         type=float,
-        default=60,
+        default=processes.HEARTBEAT_SECONDS,
         metavar="N",
-        help="of several processes, one that was not heard of for so long is lost, and the others end (default: 60)",
+        help="of several processes, one that is not heard of for so long is lost, and the others end (default: 60)",
     )
     flags, bindings = cli.parse(parser, argv)
     if not flags.gin_file:
@@ -38,8 +39,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             bindings.append(f"{name} = {value!r}")
 
     def body() -> int:
-        from t5x_domain.parallel import processes
-
         processes.start(flags.heartbeat_seconds)
         with processes.together():
             from t5x_domain.training.compilation_cache import use_compilation_cache

@@ -9,6 +9,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 from t5x_domain.errors import UserError
@@ -39,7 +40,7 @@ class Peers:
         self._address, self._heartbeat = address, heartbeat_seconds
         self._ending = threading.RLock()  # held by the thread that ends the process
         if index:
-            _on_abort(self._explain_abort)
+            on_abort(self._explain_abort)
         watches = (self._watch_signs_of_life, self._watch_ends)
         self._threads = [threading.Thread(target=watch, daemon=True) for watch in watches]
         for thread in self._threads:
@@ -146,10 +147,10 @@ _AGAIN = "the same command goes on from the last checkpoint"
 _HANDLERS: list[Any] = []  # C keeps a pointer to them
 
 
-def _on_abort(explain: Any) -> None:
-    """Calls `explain` before the process aborts, which it does if that returns.
+def on_abort(explain: Callable[[], None]) -> None:
+    """From now on calls `explain` before the process aborts, which it does if that returns.
 
-    JAX's answer to a lost service is abort() on a thread of its own. Python's signal module could not say a word before
+    JAX's answer to a lost service is abort(), on a thread of its own. Python's signal module could not say a word before
     the process is gone, since its handlers wait for the main thread, and this process needs another exit status.
     """
     handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda _: explain())

@@ -4,14 +4,16 @@ import contextlib
 import itertools
 import os
 import pickle
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from t5x_domain.errors import UserError
-from t5x_domain.parallel.peers import DAY, EXIT_PREEMPTED, Peers
+from t5x_domain.parallel.peers import DAY, EXIT_PREEMPTED, Peers, on_abort
 
 HEARTBEAT_SECONDS = 60.0
+_MEET_SECONDS = 300  # for the slowest host to come up
 _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 _PEERS: Peers | None = None  # None where this process is the only one
 _CALLS = itertools.count()
@@ -34,19 +36,19 @@ def start(heartbeat_seconds: float = HEARTBEAT_SECONDS) -> None:
     described = _described()
     if described is None:
         return
+    if heartbeat_seconds < 1:
+        raise UserError(f"--heartbeat_seconds={heartbeat_seconds:g}: it must be at least 1.")
+    if described.get("process_id") == 0:
+        _require_free_port(int(described["coordinator_address"].rpartition(":")[2]))
     import jax
     from jax._src.distributed import global_state  # its client has no public name
 
-    if heartbeat_seconds < 1:
-        raise UserError(f"--heartbeat_seconds={heartbeat_seconds:g}: it must be at least 1.")
     # By default JAX ends all processes from C++ when one is lost; so Python is told, and may say which.
     jax.config.update("jax_enable_recoverability", True)
-    try:
-        jax.distributed.initialize(**described, heartbeat_timeout_seconds=round(heartbeat_seconds))
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:300]
-        print(f"t5x-domain: the processes of this run did not all come together: {reason}", file=sys.stderr)
-        sys.exit(EXIT_PREEMPTED)
+    on_abort(_explain_absence)
+    jax.distributed.initialize(
+        **described, heartbeat_timeout_seconds=round(heartbeat_seconds), initialization_timeout=_MEET_SECONDS
+    )
     _PEERS = Peers(
         global_state.client, global_state.coordinator_address, jax.process_index(), jax.process_count(),
         heartbeat_seconds,
@@ -100,6 +102,12 @@ def first_does[T](action: Callable[[], T]) -> T:
     return result
 
 
+def wait_for_all(what: str) -> None:
+    """Returns when all processes have called it with the same `what`, which no other call has."""
+    if _PEERS is not None:
+        _PEERS.client.wait_at_barrier(f"t5x_domain/all/{what}", DAY)
+
+
 def require_one(verb: str) -> None:
     """For what runs in one process. Raises UserError if the environment describes several."""
     if _described() is not None:
@@ -108,6 +116,28 @@ def require_one(verb: str) -> None:
             "cluster's own variables); start it on one host without them, or with JAX_NUM_PROCESSES=1, "
             "JAX_PROCESS_ID=0 and any JAX_COORDINATOR_ADDRESS."
         )
+
+
+def _explain_absence() -> None:
+    """JAX aborts a process that waits for others in vain."""
+    print(
+        f"t5x-domain: the processes of this run did not all come together within {_MEET_SECONDS} s; see that all are "
+        "started and reach the host and port of process 0",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(EXIT_PREEMPTED)
+
+
+def _require_free_port(port: int) -> None:
+    with socket.socket() as tried:
+        tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            tried.bind(("", port))
+        except OSError as error:
+            raise UserError(
+                f"JAX_COORDINATOR_ADDRESS: port {port} of this host cannot be used ({error.strerror}); choose another."
+            ) from error
 
 
 def _described() -> dict[str, Any] | None:

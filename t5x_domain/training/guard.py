@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from t5x_domain.errors import UserError
+from t5x_domain.parallel.processes import wait_for_all
 from t5x_domain.training.feed import Feed
 from t5x_domain.training.run import Run
 
@@ -38,6 +39,7 @@ class Guard:
             part = f"_rows_of_process_{jax.process_index()}" if jax.process_count() > 1 else ""
             path = Path(self._run.run_dir) / f"nonfinite_batch_{step}{part}.npz"
             np.savez(path, **self._feed.batches[step - 1])
+            wait_for_all(f"non-finite batch {step}")  # the first to fail ends the others
             raise UserError(
                 f"the last {skipped} updates up to step {step} were not finite and were skipped; the batch of the last "
                 f"is in {path}. Lower the learning rate or set Updates.clip_global_norm, "
