@@ -15,7 +15,7 @@ def get_config():
     config.name = "rates"
     config.storage = "runs/rates"
     config.overrides = (
-        *("TRAIN_STEPS=60", "BATCH_SIZE=8", "LENGTHS={'inputs': 128, 'targets': 28}"),
+        *("TRAIN_STEPS=60", "BATCH_SIZE=8", "LENGTHS={'inputs': 128, 'targets': 32}"),
         *("rsqrt.warmup_steps=200", "Run.eval_batches=4"),
     )
     config.sweep = grid({"rsqrt.base": (0.1, 0.3, 1.0), "Run.seed": (0, 1)})

@@ -56,6 +56,7 @@ class Supervisor:
     def run(self) -> int:
         """The exit status of the last attempt: 0, 2, 75 if told to stop, or that of the first process to fail."""
         self.logs.mkdir(parents=True, exist_ok=True)
+        print(f"launch: logs in {self.logs}", flush=True)
         failures = 0
         with _Stop() as stop, _alone(self.lock):
             while True:
