@@ -37,6 +37,7 @@ setup(
         "ml_dtypes>=0.5",
         "tensorstore>=0.1.74",
         "etils>=1.12",
+        "pyyaml>=6",
         "pyarrow>=18",
         "zstandard>=0.23",
         "tensorboardX>=2.6,<3",
@@ -57,6 +58,8 @@ setup(
         "dev": [
             "apache-beam>=2.70",
             "hypothesis>=6.100",
+            # JobSet's and Kubernetes' published schemas, against which the tests hold manifests.
+            "kubeflow-trainer-api>=2.3",
             "pytest>=8",
             "pytest-xdist>=3.5",
             "pytest-timeout>=2.3",

@@ -1,4 +1,4 @@
-"""T5 1.1 XL on two v5p slices of 64 chips on a GKE cluster that has JobSet 0.9 or newer and a node pool for each slice.
+"""T5 1.1 XL on two v5p slices of 64 chips on a GKE cluster with JobSet 0.10 or newer, a node pool for each slice.
 
 python -m launch --config=configs/gke_jobset.py --dry_run
 python -m launch --config=configs/gke_jobset.py --config.image=us-docker.pkg.dev/mine/repository/t5x_domain:1

@@ -14,7 +14,10 @@ def get_config():
     config = local.get_config()
     config.name = "rates"
     config.storage = "runs/rates"
-    config.overrides = ("TRAIN_STEPS=100", "BATCH_SIZE=16", "rsqrt.warmup_steps=20")
+    config.overrides = (
+        *("TRAIN_STEPS=60", "BATCH_SIZE=8", "LENGTHS={'inputs': 128, 'targets': 32}"),
+        *("rsqrt.warmup_steps=200", "Run.eval_batches=4"),
+    )
     config.sweep = grid({"rsqrt.base": (0.1, 0.3, 1.0), "Run.seed": (0, 1)})
     config.local.processes = 1
     config.local.devices_per_process = 1

@@ -22,7 +22,7 @@ _GIN_FOLDER = "/etc/t5x_domain"
 
 # Every failure of a pod ends its Job; the rules, the first that matches, say what becomes of the JobSet. Kubernetes'
 # own words in a Job's failure ("… failed with exit code 2 matching FailJob rule at index 0", pod_failure_policy.go)
-# tell a user's error from a preemption, since both are of the reason PodFailurePolicy.
+# tell a user's error from a preemption, since both are of the reason PodFailurePolicy (JobSet 0.10; KEP-262).
 _FAILURE_RULES = [
     {
         "name": "userError",

@@ -50,6 +50,8 @@ case $status in
     (($(wc -l <"$failures") <= {max_restarts})) || exit "$status"
     ;;
 esac
+# A job that was cancelled is to stay so, and what SLURM has preempted it queues again itself.
+[[ $(squeue --noheader --format=%T --jobs="$SLURM_JOB_ID") == RUNNING ]] || exit "$status"
 echo "status $status: back into the queue"
 scontrol requeue "$SLURM_JOB_ID"
 """.lstrip()

@@ -22,6 +22,7 @@ from launch.record import record
 
 EXIT_USER_ERROR = 2
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: start the same command again
+_OUR_SIGNALS = (-signal.SIGTERM, -signal.SIGKILL)
 _POLL_SECONDS = 0.1
 _AFTER_FAILURE_SECONDS = 10.0
 
@@ -55,6 +56,7 @@ class Supervisor:
     def run(self) -> int:
         """The exit status of the last attempt: 0, 2, 75 if told to stop, or that of the first process to fail."""
         self.logs.mkdir(parents=True, exist_ok=True)
+        print(f"launch: logs in {self.logs}", flush=True)
         failures = 0
         with _Stop() as stop, _alone(self.lock):
             while True:
@@ -81,7 +83,6 @@ class Supervisor:
         running = [self._start(index, address) for index in range(self.processes)]
         while True:
             statuses = [process.poll() for process in running]
-            # Only what ended on its own account says how the attempt ended; not those that are ended now.
             failed = [status for status in statuses if status]
             if failed or stop.given or None not in statuses:
                 break
@@ -89,7 +90,9 @@ class Supervisor:
         # Without a process that was lost the others cannot save; if all were told to stop they are about to.
         told = stop.given or EXIT_PREEMPTED in failed
         _end(running, self.notice_seconds if told else min(self.notice_seconds, _AFTER_FAILURE_SECONDS))
-        statuses = failed or [process.returncode for process in running]
+        # A crash may be slower to end than a peer that noticed it; but what our own signals do says nothing.
+        ended = [process.returncode for process in running]
+        statuses = failed + [status for status in ended if status not in _OUR_SIGNALS] or ended
         return max((_shell_status(status) for status in statuses), key=_gravity)
 
     def _start(self, index: int, address: str) -> subprocess.Popen:

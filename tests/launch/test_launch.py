@@ -11,14 +11,15 @@ from pathlib import Path
 import pytest
 
 from launch import status
+from launch.config import TARGETS, defaults
 
 REPOSITORY = Path(__file__).parents[2]
 CONFIGS = sorted(path for path in (REPOSITORY / "configs").glob("*.py") if path.name != "__init__.py")
 
 
-def launch(*flags, **variables):
-    # One device of its own; the suite's eight virtual ones are no business of the launcher's.
-    environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "", **variables}
+def launch(*flags):
+    # The suite's eight virtual devices are no business of the launcher's; compiling without haste is.
+    environment = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": ""}
     return subprocess.run(
         [sys.executable, "-m", "launch", *flags],
         cwd=REPOSITORY,
@@ -86,10 +87,14 @@ def test_wrong_flags(flags, message):
     assert message in result.stdout + result.stderr
 
 
-def test_a_program_that_is_not_here(tmp_path):
-    result = launch("--config=configs/slurm_h200.py", f"--config.logs={tmp_path}", PATH="/nowhere")
+def test_what_gin_refuses_is_not_submitted(tmp_path):
+    result = launch(
+        *("--config=configs/slurm_h200.py", f"--config.logs={tmp_path / 'logs'}"),
+        "--config.overrides=('TRAIN_STEPS=5', 'MeshShape.fdsp=8')",
+    )
     assert result.returncode == 2
-    assert "sbatch is not installed on this machine" in result.stderr
+    assert "MeshShape" in result.stderr and "fdsp" in result.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 TINY = """
@@ -122,22 +127,25 @@ def gin_file(tmp_path_factory):
     return path
 
 
-def test_a_sweep_is_trained_here_and_its_table_told(gin_file, tmp_path):
-    flags = [
-        "--config=configs/sweep_rates.py",
+def test_a_run_is_trained_here_and_the_table_tells(gin_file, tmp_path):
+    result = launch(
+        "--config=configs/local.py",
+        "--config.local.processes=1",
         f"--config.storage={tmp_path / 'runs'}",
         f"--config.logs={tmp_path / 'logs'}",
         f"--config.gin_files=('{gin_file}',)",
-        "--config.overrides=('TRAIN_STEPS=3',)",
-        "--config.sweep=(('Run.seed=1',), ('Run.no_such_field=1',))",  # the trainer refuses this
-    ]
-    result = launch(*flags)
-    assert result.returncode == 2, result.stdout + result.stderr
-    good, bad = (tmp_path / "runs" / f"rates-Run.{end}" for end in ("seed=1", "no_such_field=1"))
-    assert json.loads((good / "launch.json").read_text()) == {"exit_status": 0}
-    assert json.loads((bad / "launch.json").read_text()) == {"exit_status": 2}
-    assert "step 3/3" in (tmp_path / "logs" / good.name / "process-0.txt").read_text()
-    head, first, second = status.table([str(tmp_path / "runs")]).splitlines()
-    assert head.split()[0] == "run"
-    assert good.name in first and "3/3" in first and first.endswith("finished")
-    assert bad.name in second and second.endswith("failed (2)")
+        "--config.overrides=('TRAIN_STEPS=3', 'MeshShape.fsdp=2')",
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.splitlines()[-1] == "launch: ended with status 0"
+    assert "'fsdp': 2" in (tmp_path / "logs" / "local" / "process-0.txt").read_text()  # of two virtual devices
+    assert json.loads((tmp_path / "runs" / "local" / "launch.json").read_text()) == {"exit_status": 0}
+    row = status.table([str(tmp_path / "runs")]).splitlines()[1]
+    assert row.startswith("local") and " 3/3 " in row and row.endswith("finished")
+
+
+def test_the_guide_names_every_config():
+    guide = (REPOSITORY / "docs" / "launch.md").read_text()
+    assert set(re.findall(r"\]\(\.\./configs/(\w+\.py)\)", guide)) == {path.name for path in CONFIGS}
+    for name in set(re.findall(r"`config\.(\w+)", guide)) - {"gin"}:
+        assert any(name in defaults(target) for target in TARGETS), name

@@ -71,9 +71,11 @@ def test_bash_reads_it(config):
 
 @pytest.fixture
 def cluster(tmp_path):
-    """srun as one that runs the tasks of one GPU; scontrol and the program's statuses on record."""
+    """srun as one that runs the task of one GPU; what scontrol is told is kept."""
     shell.put(tmp_path, "srun", 'while [[ $1 == --* ]]; do shift; done\nexec "$@"')
     shell.put(tmp_path, "scontrol", 'echo "$*" >>requeued')
+    shell.put(tmp_path, "squeue", "[[ $* == *--jobs=17 ]] && cat job_state")
+    (tmp_path / "job_state").write_text("RUNNING\n")
     return tmp_path
 
 
@@ -100,6 +102,13 @@ def test_a_preempted_job_is_queued_again_however_often(config, cluster):
     for _ in range(3):
         submit(cluster, config, "exit 75")
     assert lines(cluster / "requeued") == ["requeue 17"] * 3
+
+
+@pytest.mark.parametrize("state", ["COMPLETING", "CANCELLED", "PREEMPTED"])
+def test_a_cancelled_job_stays_so(config, cluster, state):
+    (cluster / "job_state").write_text(f"{state}\n")
+    assert submit(cluster, config, "exit 75").returncode == 75
+    assert lines(cluster / "requeued") == []
 
 
 def test_failures_are_queued_again_up_to_the_limit(config, cluster):

@@ -32,13 +32,15 @@ if what == "slow75":  # when the other is ready to be told
     sys.exit(75)
 if what == "kill":
     os.kill(os.getpid(), signal.SIGKILL)
-if what in ("save", "deaf"):
+if what in ("save", "deaf", "crash"):
     def told(*_):
         if what == "save":
             print("saved", flush=True)
             sys.exit(75)
+        if what == "crash":
+            sys.exit(9)
     signal.signal(signal.SIGTERM, told)
-if what in ("save", "deaf", "wait"):
+if what in ("save", "deaf", "crash", "wait"):
     open(os.path.join(folder, f"ready-{index}"), "w").close()
     time.sleep(60)
 sys.exit(int(what))
@@ -116,6 +118,10 @@ def test_a_lost_process_says_more_than_peers_that_noticed():
     assert max([75, 128 + 9, 0], key=supervise._gravity) == 128 + 9
     assert max([75, 1, 2], key=supervise._gravity) == 2
     assert max([0, 75], key=supervise._gravity) == 75
+
+
+def test_a_crash_that_ends_after_a_peer_has_noticed_it(tmp_path, program):
+    assert run(tmp_path, program("crash", "slow75"), processes=2) == 9
 
 
 def test_each_process_has_a_log_and_knows_its_place(tmp_path, program, monkeypatch):
