@@ -70,9 +70,12 @@ def _changes(plan: Plan, config: ModelConfig) -> Iterator[tuple[tuple[str, ...],
     if share <= 1 and rows > 1 and rows % 2 == 0:
         parts = 2 * plan.accumulation_steps
         yield (f"Run.accumulation_steps = {parts}",), f"a device then has {rows // 2} rows at a time instead of {rows}"
-    if mesh["fsdp"] > 1 and config.kv_heads % (2 * mesh["tensor"]) == 0 and mesh["fsdp"] % 2 == 0:
+    if share <= 1 and mesh["fsdp"] > 1 and config.kv_heads % (2 * mesh["tensor"]) == 0 and mesh["fsdp"] % 2 == 0:
         change = f"MeshShape.fsdp = {mesh['fsdp'] // 2}", f"MeshShape.tensor = {2 * mesh['tensor']}"
         yield change, "each matrix product is shared by twice as many devices, and so is what it gives"
+    if memory.optimizer > memory.parameters:
+        change = "Updates.optimizer = @Adafactor()", "Updates.groups = None"
+        yield change, f"its state is next to nothing, not {memory.optimizer / 2**30:.1f} GiB; but it learns otherwise"
 
 
 def _spread(fsdp: int, data: int, wanted: float) -> int:

@@ -97,10 +97,11 @@ def kept_activations(module: Module) -> float | None:
     return sum(kept) if kept else None
 
 
-def least_bytes(program: Program) -> float:
-    """Bytes of a device for parameters, optimizer and gradients, which are all there before an update can be made."""
-    parameters, optimizer, _ = _arguments(program)
-    return 2 * parameters + optimizer
+def least(program: Program, limit: float | None) -> Memory:
+    """What a program holds whatever its compiler does: arguments, and in training all gradients before an update."""
+    parameters, optimizer, batch = _arguments(program)
+    gradients = parameters if program.steps is None else 0.0
+    return Memory(parameters, optimizer, batch, None, gradients, 0, parameters + optimizer + batch + gradients, limit)
 
 
 def _arguments(program: Program) -> tuple[float, float, float]:

@@ -100,47 +100,57 @@ class Plan:
 def plan(case: Case) -> Plan:
     """Compiles in this process, whose environment is to be the topology's.
 
+    What has no room for its parameters, gradients and optimizer is not compiled.
+
     Raises:
       UserError: the topology is not known, its compiler is not installed, or the run cannot be on it.
     """
     topology = Topology.of(case.topology, case.slices)
     topology.require_compiler()
     program, run = build(case, topology)
-    began = time.perf_counter()
-    compiled, problem = _compile(program, topology)
-    facts = {
-        "topology": topology.name,
-        "num_devices": topology.num_devices,
-        "num_chips": topology.num_chips,
-        "program": "decode" if case.decode else "train",
-        "mesh": dict(program.mesh.shape),
-        "batch_size": run.batch_size,
-        "accumulation_steps": run.accumulation_steps,
-        "remat": run.config.remat,
-        "num_parameters": program.num_parameters,
-        "tokens": program.tokens,
-        "flops": program.flops,
-        "compile_seconds": time.perf_counter() - began,
-        "compiler_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-    }
-    if compiled is None:
-        memory = memories.of_refused(program, problem)
-        return Plan(memory=memory, collectives=[], bounds=None, problem=" ".join(problem.split())[:300], **facts)
-    module = Module.of(compiled.as_text())
     limit = None if topology.chip is None else topology.chip.hbm_bytes
-    memory = memories.of_compiled(program, compiled, module, limit)
-    sent = collectives(module, topology.num_devices, topology.slices)
-    least = None
-    if topology.chip is not None:
-        touched = _touched(program, memory)
-        least = bounds(topology.chip, topology.num_devices, program.flops, touched, sent)
-    return Plan(memory=memory, collectives=sent, bounds=least, **facts)
+    began = time.perf_counter()
+    memory, sent, least = memories.least(program, limit), [], None
+    if not memory.fits:
+        problem = "not compiled: there is no room for parameters, gradients and optimizer"
+    else:
+        compiled, problem = _compile(program, topology)
+        if compiled is None:
+            memory = memories.of_refused(program, problem)
+        else:
+            module = Module.of(compiled.as_text())
+            memory = memories.of_compiled(program, compiled, module, limit)
+            sent = collectives(module, topology.num_devices, topology.slices)
+            least = _bounds(program, topology, memory, sent)
+    return Plan(
+        topology=topology.name,
+        num_devices=topology.num_devices,
+        num_chips=topology.num_chips,
+        program="decode" if case.decode else "train",
+        mesh=dict(program.mesh.shape),
+        batch_size=run.batch_size,
+        accumulation_steps=run.accumulation_steps,
+        remat=run.config.remat,
+        num_parameters=program.num_parameters,
+        tokens=program.tokens,
+        flops=program.flops,
+        memory=memory,
+        collectives=sent,
+        bounds=least,
+        compile_seconds=time.perf_counter() - began,
+        compiler_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        problem=problem,
+    )
 
 
-def _touched(program: programs.Program, memory: Memory) -> float:
+def _bounds(program: programs.Program, topology: Topology, memory: Memory, sent: Sequence[Collective]) -> Bounds | None:
+    if topology.chip is None:
+        return None
     if program.steps is None:
-        return touched_by_training(memory)
-    return touched_by_decoding(memory, program.read_by_step, program.steps)
+        touched = touched_by_training(memory)
+    else:
+        touched = touched_by_decoding(memory, program.read_by_step, program.steps)
+    return bounds(topology.chip, topology.num_devices, program.flops, touched, sent)
 
 
 def build(case: Case, topology: Topology) -> tuple[programs.Program, programs.PlannedRun]:
@@ -160,4 +170,4 @@ def _compile(program: programs.Program, topology: Topology) -> tuple[jax.stages.
         try:
             return lowered.compile(), None
         except jax.errors.JaxRuntimeError as error:
-            return None, str(error)
+            return None, " ".join(str(error).split())[:1000]

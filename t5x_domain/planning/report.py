@@ -1,6 +1,7 @@
 """A plan as a table to read, and as JSON."""
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -79,19 +80,24 @@ def _bound_lines(plan: Plan, price: float | None) -> Iterator[str]:
         yield f"at least {step:.4f} a step, {step / plan.tokens * 1e9:,.2f} for 10^9 tokens, at {price:g} a chip-hour"
 
 
-def advice_lines(attempts: Sequence[Attempt]) -> Iterator[str]:
-    """What was changed until it fitted, and what to give to run it so."""
-    if not attempts:
-        return
+def advice_lines(plan: Plan, attempts: Sequence[Attempt]) -> Iterator[str]:
+    """What was changed until a plan fitted, and what to give to run it so."""
     yield ""
-    yield "tried, one on top of the other:"
-    for attempt in attempts:
-        peak = "does not compile" if attempt.plan.memory is None else f"{_gib(attempt.plan.memory.peak)} a device"
-        yield f"  {_flags(attempt.bindings)}  ({attempt.why}): {peak}{', fits' if attempt.plan.fits else ''}"
-    if attempts[-1].plan.fits:
+    for number, attempt in enumerate(attempts):
+        tried = attempt.plan
+        came = "does not compile" if tried.memory is None else f"{_gib(tried.memory.peak)} a device"
+        yield f"{'then' if number else 'tried'} {_flags(attempt.bindings)}: {came}{', fits' if tried.fits else ''}"
+        yield f"  {attempt.why}"
+    last = attempts[-1].plan if attempts else plan
+    if last.fits:
         yield "it fits with " + " ".join(_flags(attempt.bindings) for attempt in attempts)
-    else:
-        yield "it does not fit; take more devices, or a smaller model"
+    elif last.memory is not None:
+        state = (2 * last.memory.parameters + last.memory.optimizer) * last.mesh["fsdp"] * last.mesh["tensor"]
+        least = math.ceil(state / last.memory.limit)
+        yield (
+            f"it does not fit; parameters, gradients and optimizer are {_gib(state)} in all, which takes {least:,} "
+            "devices of this kind at least, and more with activations"
+        )
 
 
 def search_lines(ranked: Sequence[tuple[Choice, Plan]], price: float | None = None) -> Iterator[str]:

@@ -75,7 +75,7 @@ def search(
       case: what is compiled, but for the choice.
       choices: in the order in which they are tried, see `meshes`.
       compile_one: gives the plan of a case.
-      needs: bytes of a device on a mesh without activations, see `memory.least_bytes`.
+      needs: bytes of a device on a mesh without activations, see `memory.least`.
       limit: bytes of a device.
       most: so many compilations at most.
       tell: is told how it goes, a line at a time.
@@ -91,7 +91,7 @@ def search(
         if choice.batch_size >= too_large.get(key, math.inf):
             continue
         if (least := needs(choice.mesh)) > limit:
-            tell(f"{choice}: no room for {least / 2**30:.1f} GiB of parameters, optimizer and gradients")
+            tell(f"{choice}: no room for {least / 2**30:.1f} GiB of parameters, gradients and optimizer")
             too_large[key] = 0
             continue
         if compiled == most:

@@ -13,7 +13,7 @@ from t5x_domain.parallel.mesh import MeshShape
 from t5x_domain.planning import report
 from t5x_domain.planning.advice import advise
 from t5x_domain.planning.elsewhere import plan_elsewhere
-from t5x_domain.planning.memory import least_bytes
+from t5x_domain.planning.memory import least
 from t5x_domain.planning.plan import Case, build
 from t5x_domain.planning.program import load
 from t5x_domain.planning.search import Choice, meshes, search
@@ -39,7 +39,7 @@ def run(flags: argparse.Namespace, bindings: Sequence[str]) -> int:
     if not plan.fits and not flags.decode and plan.memory is not None:
         config = load(case.files, case.bindings, case.search_paths).config
         attempts = advise(case, plan, config, compile_one, flags.advice_limit)
-        _tell(report.advice_lines(attempts))
+        _tell(report.advice_lines(plan, attempts))
         written["advice"] = [{"bindings": a.bindings, "plan": report.as_json(a.plan)} for a in attempts]
     _write(flags.json, written)
     return 0 if plan.fits else 1
@@ -55,7 +55,7 @@ def _search(case: Case, topology: Topology, flags: argparse.Namespace) -> int:
     @functools.cache
     def needs(mesh: MeshShape) -> float:
         choice = Choice(mesh, mesh.slice * mesh.data * mesh.fsdp * planned.accumulation_steps, planned.config.remat)
-        return least_bytes(build(case.changed(*choice.bindings), topology)[0])
+        return least(build(case.changed(*choice.bindings), topology)[0], None).peak
 
     rows = sorted(flags.batch_sizes or [planned.batch_size])
     choices = [

@@ -6,7 +6,7 @@ import pytest
 
 from t5x_domain.planning.advice import advise
 from t5x_domain.planning.plan import Case
-from tests.planning.made_up import memory, plan
+from tests.planning.made_up import GIB, memory, plan
 from tests.tiny import CONFIG
 
 CASE = Case("v5e:4x4", 1, ["run.gin"], [])
@@ -59,6 +59,16 @@ def test_one_row_a_device_shares_the_products():
     compile_one, _ = compiler([plan()])
     (attempt,) = advise(CASE, plan(too_much, mesh=mesh, remat="full", batch_size=16), CONFIG, compile_one, 4)
     assert attempt.bindings == ("MeshShape.fsdp = 4", "MeshShape.tensor = 2")
+
+
+def test_another_optimizer_comes_last():
+    """Adam's two moments beside 3 GiB of parameters and as much of gradients: 12 of 16 GiB, and all else is done."""
+    adam = dataclasses.replace(memory(state=3, temporaries=12), optimizer=6 * GIB)
+    mesh = plan().mesh | {"data": 1, "fsdp": 1}
+    compile_one, _ = compiler([plan()])
+    (attempt,) = advise(CASE, plan(adam, mesh=mesh, remat="full", batch_size=1), CONFIG, compile_one, 4)
+    assert attempt.bindings[0] == "Updates.optimizer = @Adafactor()"
+    assert "not 6.0 GiB" in attempt.why
 
 
 @pytest.mark.parametrize("most", [0, 1])

@@ -17,6 +17,7 @@ from t5x_domain.models.flops import forward_flops, train_step_flops
 from t5x_domain.models.rtd import DetectingEncoderDecoder, ReplacedTokenDetection
 from t5x_domain.objectives.auxiliary_detection import denoising_with_detection_loss
 from t5x_domain.objectives.rtd import replaced_token_detection_loss
+from t5x_domain.parallel.chips import CHIPS
 from t5x_domain.parallel.mesh import MeshShape
 from t5x_domain.parallel.sharding import put
 from t5x_domain.planning import memory, program
@@ -151,6 +152,17 @@ def test_what_writes_answers_lowers(name):
     assert kernels <= made.read_by_step < kernels + memory._device_bytes(made.parameters["embedding"])
 
 
+def test_what_has_no_room_for_its_state_is_not_compiled(case, monkeypatch):
+    """Of 100 bytes a device."""
+    tiny = dataclasses.replace(CHIPS["v5e"], hbm_bytes=100)
+    monkeypatch.setattr(Topology, "chip", tiny)
+    monkeypatch.setattr(jax.stages.Lowered, "compile", None)
+    found = plan(case)
+    assert not found.fits
+    assert "no room for parameters, gradients and optimizer" in found.problem
+    assert found.memory.temporaries == found.memory.parameters
+
+
 def test_a_run_without_optimizer_has_no_train_step(case):
     run = planned_run(EncoderDecoder, updates=None)
     with pytest.raises(UserError, match=r"Run.updates is not set; give a --gin_file"):
@@ -165,13 +177,14 @@ def test_a_batch_that_does_not_divide_is_refused_before_compiling(case):
 def test_what_does_not_fit_is_read_from_the_compilers_words():
     """As libtpu 0.0.48 words it, of temporaries alone and of everything."""
     made = program.train_step(run := planned_run(EncoderDecoder), run.mesh.build())
-    state = memory.least_bytes(made) - memory._device_bytes(made.parameters)
+    held = memory.least(made, None)
+    arguments = held.parameters + held.optimizer + held.batch
     temporaries = (
         "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (46.09G) "
     )
     found = memory.of_refused(made, temporaries + "exceeds available HBM (15.75G). HLO module: jit_step.")
     assert (found.fits, found.limit, found.temporaries) == (False, 15.75 * 2**30, 46.09 * 2**30)
-    assert found.peak == pytest.approx(46.09 * 2**30 + state + memory._device_bytes(made.batch))
+    assert found.peak == pytest.approx(46.09 * 2**30 + arguments)
     everything = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.10G of 15.75G hbm. Exceeded hbm "
     found = memory.of_refused(made, everything + "capacity by 4.35G.")
     assert found.peak == 20.10 * 2**30

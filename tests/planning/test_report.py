@@ -39,10 +39,16 @@ def test_what_does_not_compile_says_why():
 
 def test_advice_is_flags_to_copy():
     change = ("ModelConfig.remat = 'full'", "Run.accumulation_steps = 2")
-    told = words(advice_lines([Attempt(change, "less is kept", plan())]))
-    assert told.endswith("""it fits with --gin.ModelConfig.remat="'full'" --gin.Run.accumulation_steps=2""")
-    assert "it does not fit; take more devices" in words(advice_lines([Attempt(change, "", plan(memory(state=20)))]))
-    assert words(advice_lines([])) == ""
+    told = words(advice_lines(plan(memory(state=20)), [Attempt(change, "less is kept", plan())]))
+    flags = """--gin.ModelConfig.remat="'full'" --gin.Run.accumulation_steps=2"""
+    assert f"tried {flags}: 9.00 GiB a device, fits\n less is kept" in told
+    assert told.endswith(f"it fits with {flags}")
+
+
+def test_without_a_way_the_least_number_of_devices_is_said():
+    """20 GiB of parameters on each of 2 and as much of gradients: 80 GiB, five times 16."""
+    stuck = plan(memory(state=20), mesh=plan().mesh | {"fsdp": 2})
+    assert "are 80.00 GiB in all, which takes 5 devices of this kind at least" in words(advice_lines(stuck, []))
 
 
 def test_a_search_is_a_table_with_flags_for_its_first_line():
