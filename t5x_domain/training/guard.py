@@ -1,11 +1,12 @@
 """Updates that are not finite: skipped by the step, counted here."""
 
+import io
 from collections.abc import Mapping
-from pathlib import Path
 
 import jax
 import numpy as np
 
+from t5x_domain import files
 from t5x_domain.errors import UserError
 from t5x_domain.training.feed import Feed
 from t5x_domain.training.run import Run
@@ -35,8 +36,9 @@ class Guard:
         step, metrics = self._pending
         skipped = int(metrics["skipped_in_a_row"])
         if skipped >= self._run.max_skipped_in_a_row:
-            path = Path(self._run.run_dir) / f"nonfinite_batch_{step}.npz"
-            np.savez(path, **self._feed.batches[step - 1])
+            path, content = files.path(self._run.run_dir) / f"nonfinite_batch_{step}.npz", io.BytesIO()
+            np.savez(content, **self._feed.batches[step - 1])
+            files.write_atomically(path, content.getvalue())
             raise UserError(
                 f"the last {skipped} updates up to step {step} were not finite and were skipped; the batch of the last "
                 f"is in {path}. Lower the learning rate or set Updates.clip_global_norm, "

@@ -3,12 +3,12 @@
 import contextlib
 import dataclasses
 import json
-from pathlib import Path
 from typing import Any
 
 import gin
 import jax
 import numpy as np
+from etils import epath
 
 from t5x_domain.conversion.native import open_native
 from t5x_domain.data.curriculum import learning_rate
@@ -94,6 +94,7 @@ def train(run: Run) -> int:
             held_out = evaluate(step) if last or step % run.eval_every == 0 else None
             if last or stop or step % run.checkpoint_every == 0:
                 guard.settle()
+                writer.publish()
                 checkpoints.save(state, step, feed.position(step), held_out)
             if stop and not last:
                 progress.say(f"told to stop; saving step {step:,}: the same command goes on from there")
@@ -116,7 +117,7 @@ def open_trained(run: Run) -> tuple[Feed, Blueprint, Any]:
     return Feed(run, mesh), blueprint, params
 
 
-def summarise(run_dir: Path, feed: Feed) -> None:
+def summarise(run_dir: epath.Path, feed: Feed) -> None:
     """Writes eval.json, held-out scores before and after, and phases.json, what each phase has seen."""
     evaluations = read_json_lines(run_dir / "evaluations.jsonl")
     before, after = evaluations[0], evaluations[-1]
