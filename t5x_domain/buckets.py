@@ -28,7 +28,12 @@ _TRANSIENT = {
     *("builtins.ConnectionError", "builtins.TimeoutError", "http.IncompleteRead"),
     *("aiohttp.ClientConnectionError", "aiohttp.ClientPayloadError", "aiohttp.ServerDisconnectedError"),
     *("requests.ConnectionError", "requests.Timeout", "requests.ChunkedEncodingError", "google.TransportError"),
-    *("botocore.HTTPClientError", "botocore.IncompleteReadError", "botocore.ResponseParserError"),
+    *(
+        "botocore.HTTPClientError",
+        "botocore.ConnectionError",
+        "botocore.IncompleteReadError",
+        "botocore.ResponseParserError",
+    ),
 }
 _NO_CREDENTIALS = {
     *("google.DefaultCredentialsError", "google.RefreshError"),
@@ -165,7 +170,7 @@ class BucketPath(PosixGPath):
     def listing(self) -> list[tuple[str, int, int]]:
         """(name below this folder, bytes, nanoseconds) of every object, by name, in one request for each thousand."""
         found = self._call("find", detail=True)
-        root = f"{self.parts[2]}/{'/'.join(self.parts[3:])}/"
+        root = "/".join(self.parts[2:]) + "/"
         return sorted((name.removeprefix(root), info["size"], _nanoseconds(info)) for name, info in found.items())
 
     def walk(self, **options: Any) -> Iterator[tuple["BucketPath", list[str], list[str]]]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from t5x_domain.errors import UserError
+from t5x_domain.errors import StorageError, UserError
 
 VERBS = {
     "prepare": "train a vocabulary and tokenise corpora into the token cache",
@@ -130,13 +130,16 @@ def _first_line(error: Exception) -> str:
 
 
 def run(verb: str, body: Callable[[], int | None]) -> None:
-    """Calls `body` and turns a `UserError` into one line on stderr and exit status 2."""
+    """Calls `body`; a `UserError` becomes a line on stderr and exit status 2, a `StorageError` a line and status 1."""
     show_messages()
     try:
         status = body()
     except UserError as error:
         print(f"t5x-domain {verb}: error: {_first_line(error)}", file=sys.stderr)
         sys.exit(2)
+    except StorageError as error:
+        print(f"t5x-domain {verb}: error: {_first_line(error)}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print(f"t5x-domain {verb}: interrupted", file=sys.stderr)
         sys.exit(130)

@@ -17,6 +17,6 @@ from t5x_domain.parallel import mesh  # noqa: F401
 from t5x_domain.training import checkpoint, initial, optimizer, run, schedule  # noqa: F401
 
 
-@gin.register_file_reader(lambda name: files.is_remote(name) and files.path(name).is_file())
+@gin.config.register_file_reader(lambda name: files.is_remote(name) and files.path(name).is_file())
 def _gin_file_in_a_bucket(name: str) -> TextIO:
     return files.path(name).open()

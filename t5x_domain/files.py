@@ -110,8 +110,8 @@ def listing(folder: epath.Path) -> list[tuple[str, int, int]]:
     """(name in `folder`, bytes, date of the last change in nanoseconds) of every file below it, by name."""
     if is_remote(folder):
         return folder.listing()
-    stats = [(str(file.relative_to(folder)), file.stat()) for file in sorted(Path(folder).rglob("*"))]
-    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+    found = [file for file in sorted(Path(folder).rglob("*")) if file.is_file()]
+    return [(str(file.relative_to(folder)), file.stat().st_size, file.stat().st_mtime_ns) for file in found]
 
 
 def upload_folder(folder: Path, target: BucketPath, *, last: str) -> None:
