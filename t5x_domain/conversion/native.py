@@ -62,7 +62,7 @@ def open_native(path: str) -> Checkpoint:
       UserError: it is none of these, or incomplete.
     """
     params = find_params(path)
-    folder = next((f for f in params.parents if (f / DESCRIPTION).exists()), None)
+    folder = next((f for f in list(params.parents)[:3] if (f / DESCRIPTION).exists()), None)
     if folder is None:
         raise UserError(
             f"{path}: no {DESCRIPTION} beside the parameters, so their model is unknown; restore that file, or start "
