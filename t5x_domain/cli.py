@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from t5x_domain.errors import UserError
+from t5x_domain.errors import StorageError, UserError
 from t5x_domain.parallel.processes import require_one
 
 VERBS = {
@@ -132,7 +132,7 @@ def _first_line(error: Exception) -> str:
 
 
 def run(verb: str, body: Callable[[], int | None]) -> None:
-    """Calls `body` and turns a `UserError` into one line on stderr and exit status 2."""
+    """Calls `body`; a `UserError` becomes a line on stderr and exit status 2, a `StorageError` a line and status 1."""
     show_messages()
     try:
         if verb != "train":
@@ -141,6 +141,9 @@ def run(verb: str, body: Callable[[], int | None]) -> None:
     except UserError as error:
         print(f"t5x-domain {verb}: error: {_first_line(error)}", file=sys.stderr)
         sys.exit(2)
+    except StorageError as error:
+        print(f"t5x-domain {verb}: error: {_first_line(error)}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print(f"t5x-domain {verb}: interrupted", file=sys.stderr)
         sys.exit(130)

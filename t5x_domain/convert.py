@@ -114,11 +114,10 @@ def _options(flags: argparse.Namespace, bindings: Sequence[str], source_format: 
 
 
 def _vocabulary(flag: str, name: str, extra_ids: int) -> "Vocabulary | ByteVocabulary":
-    from pathlib import Path
-
     from t5x_domain.data.vocabulary import ByteVocabulary, Vocabulary
+    from t5x_domain.files import path
 
-    if name != "bytes" and not Path(name).is_file():
+    if name != "bytes" and not path(name).is_file():
         raise UserError(f"{flag}={name}: there is no such file; give a SentencePiece model, or 'bytes'.")
     return ByteVocabulary(extra_ids) if name == "bytes" else Vocabulary(name, extra_ids)
 
@@ -126,8 +125,8 @@ def _vocabulary(flag: str, name: str, extra_ids: int) -> "Vocabulary | ByteVocab
 def _with_vocabulary(checkpoint: "Checkpoint", flags: argparse.Namespace) -> "Checkpoint":
     """The checkpoint with the vocabulary and the number of rows that the flags ask for."""
     from t5x_domain.adaptation.transplant import add_special_tokens, padded_size
-    from t5x_domain.conversion.folders import scratch_folder
     from t5x_domain.data.vocabulary import Vocabulary
+    from t5x_domain.files import scratch_folder
 
     if all(getattr(flags, change) is None for change in _CHANGES):
         return checkpoint

@@ -23,7 +23,7 @@ from t5x_domain.conversion.formats import write_checkpoint
 from t5x_domain.conversion.layout import leaves
 from t5x_domain.conversion.tensors import Tensor
 from t5x_domain.errors import UserError
-from t5x_domain.files import write_atomically
+from t5x_domain.files import Growing, write_atomically
 from t5x_domain.inference.heads import HEAD_FILE
 from t5x_domain.inference.opened import Opened, open_model
 from t5x_domain.models.names import path_name
@@ -152,7 +152,7 @@ class SeedRun:
             )
             state, start, record = self._start(latest)
             writer = closing.enter_context(
-                contextlib.closing(MetricsWriter(self._folder, start, begins=latest.latest_step is None))
+                contextlib.closing(MetricsWriter(Growing(self._folder), start, begins=latest.latest_step is None))
             )
             step = start
             while step < total and not self._is_over(record):

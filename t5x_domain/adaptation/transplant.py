@@ -8,14 +8,14 @@ vocabulary is exchanged; Hewitt 2021, "Initializing New Word Embeddings for Pret
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from t5x_domain.conversion.stores import absolute
 from t5x_domain.data.vocabulary import EOS_ID, PAD_ID, UNK_ID, ByteVocabulary, Vocabulary
 from t5x_domain.errors import UserError
-from t5x_domain.files import write_atomically
+from t5x_domain.files import path, write_atomically
 
 INITS = ("mean", "random")
 _SPECIAL_IDS = (PAD_ID, EOS_ID, UNK_ID)
@@ -177,7 +177,7 @@ def add_special_tokens(vocabulary: Vocabulary, tokens: Sequence[str], model_file
     """
     from sentencepiece import sentencepiece_model_pb2
 
-    if Path(model_file).resolve() == Path(vocabulary.model_file).resolve():
+    if absolute(model_file) == absolute(vocabulary.model_file):
         raise UserError(f"{model_file} is the vocabulary that tokens are to be added to; name another file.")
     model, control = _model(vocabulary), sentencepiece_model_pb2.ModelProto.SentencePiece.CONTROL
     there = {piece.piece: number for number, piece in enumerate(model.pieces)}
@@ -191,7 +191,7 @@ def add_special_tokens(vocabulary: Vocabulary, tokens: Sequence[str], model_file
             )
         if token not in there:
             model.pieces.add(piece=token, type=control)
-    write_atomically(Path(model_file), model.SerializeToString())
+    write_atomically(model_file, model.SerializeToString())
     return dataclasses.replace(vocabulary, model_file=str(model_file))
 
 
@@ -200,7 +200,7 @@ def _model(vocabulary: Vocabulary) -> Any:
     from sentencepiece import sentencepiece_model_pb2
 
     vocabulary.encode("")  # says what is wrong with the file
-    return sentencepiece_model_pb2.ModelProto.FromString(Path(vocabulary.model_file).read_bytes())
+    return sentencepiece_model_pb2.ModelProto.FromString(path(vocabulary.model_file).read_bytes())
 
 
 def _meanings(vocabulary: Vocabulary | ByteVocabulary) -> list[Meaning]:

@@ -8,9 +8,10 @@ from typing import Any
 
 from etils import epath
 
+from t5x_domain.conversion.stores import absolute
 from t5x_domain.data.vocabulary import ByteVocabulary, Vocabulary
 from t5x_domain.errors import UserError
-from t5x_domain.files import write_atomically
+from t5x_domain.files import path, write_atomically
 from t5x_domain.models.assemblies import DecoderOnly, EncoderDecoder, EncoderOnly, LanguageModel
 from t5x_domain.models.config import ModelConfig
 from t5x_domain.models.rtd import DetectingEncoderDecoder, ReplacedTokenDetection
@@ -24,7 +25,7 @@ _MODELS = {
 
 
 def describe(
-    folder: Path,
+    folder: epath.PathLike,
     model: type[LanguageModel],
     config: ModelConfig,
     vocabulary: Vocabulary | ByteVocabulary | None,
@@ -34,8 +35,9 @@ def describe(
     described = None
     if vocabulary is not None:
         described = {"kind": vocabulary.description["kind"], "extra_ids": vocabulary.extra_ids}
+    folder = path(folder)
     if isinstance(vocabulary, Vocabulary):
-        write_atomically(folder / VOCABULARY, Path(vocabulary.model_file).read_bytes())
+        write_atomically(folder / VOCABULARY, path(vocabulary.model_file).read_bytes())
     description = {
         "model": model.__name__,
         "config": dataclasses.asdict(config),
@@ -53,9 +55,9 @@ def read_description(
     Raises:
       UserError: model.json is damaged.
     """
-    path = folder / DESCRIPTION
+    file = folder / DESCRIPTION
     try:
-        description = json.loads(path.read_text(encoding="utf-8"))
+        description = json.loads(file.read_text(encoding="utf-8"))
         model = _MODELS[description["model"]]
         config = ModelConfig(**{key: _frozen(value) for key, value in description["config"].items()})
         vocabulary = description["vocabulary"]
@@ -64,7 +66,7 @@ def read_description(
             vocabulary = _KINDS[vocabulary["kind"]](*place, extra_ids=vocabulary["extra_ids"])
         return model, config, vocabulary, description["facts"]
     except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: no description of a model ({error!r}); restore that file.") from error
+        raise UserError(f"{file}: no description of a model ({error!r}); restore that file.") from error
 
 
 def write_gin(
@@ -89,7 +91,7 @@ def write_gin(
         lines += ["", f"VOCABULARY = @{kind}()", f"{kind}.extra_ids = {vocabulary.extra_ids}"]
         lines += ["VOCABULARY_SIZE = None  # it is not to be trained"]
     if isinstance(vocabulary, Vocabulary):
-        place = str(Path(home).resolve() / VOCABULARY)
+        place = str(absolute(home) / VOCABULARY)
         lines += [f"VOCABULARY_FILE = {place!r}", "Vocabulary.model_file = %VOCABULARY_FILE"]
     (folder / GIN).write_text("\n".join(lines) + "\n", encoding="utf-8")
 

@@ -1,37 +1,51 @@
 """Folders that appear whole or not at all."""
 
 import contextlib
-import functools
 import glob
 import os
 import platform
 import re
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from t5x_domain import files
 from t5x_domain.errors import UserError
 
 
 def require_free(target: str, flag: str) -> None:
-    """Raises UserError unless `target` can be made: a local folder that does not exist or is empty."""
-    path = Path(target)
-    if not target or "://" in target:
-        raise UserError(f"{flag}={target}: give a folder of this machine, and copy it to a bucket when it is complete.")
+    """Raises UserError unless `target` can be made: a folder that does not exist or is empty."""
+    if not target:
+        raise UserError(f"{flag}=: name a folder.")
+    path = files.path(target)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{flag}={target}: exists and is not empty; name another folder or remove it.")
 
 
 @contextlib.contextmanager
-def new_folder(target: str, flag: str) -> Iterator[Path]:
+def new_folder(target: str, flag: str, *, last: str) -> Iterator[Path]:
     """A folder to write into, beside `target`; it gets that name when all is written, and is removed if not.
+
+    For a bucket it is a folder of this machine, which is uploaded when all is written.
+
+    Args:
+      target: where the files are to be in the end.
+      flag: where `target` was given, for messages.
+      last: the file without which nobody takes the folder for whole: the last one to be uploaded.
 
     Raises:
       UserError: `target` holds something, or the files cannot be written.
     """
     require_free(target, flag)
+    if files.is_remote(target):
+        folder = files.scratch_folder()
+        try:
+            yield folder
+            files.upload_folder(folder, files.path(target), last=last)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        return
     final = Path(target).resolve()
     mark = f".{final.name}.partial-{platform.node()}"  # a shared disk knows the processes of other machines, too
     partial = final.with_name(f"{mark}-{os.getpid()}")
@@ -52,16 +66,6 @@ def new_folder(target: str, flag: str) -> Iterator[Path]:
         if reason is not None:
             raise UserError(f"{flag}={target}: could not be written ({reason}); nothing was left behind.") from error
         raise
-
-
-def scratch_folder() -> Path:
-    """A new folder that is removed when the process ends."""
-    return Path(tempfile.mkdtemp(dir=_scratch().name))
-
-
-@functools.cache
-def _scratch() -> tempfile.TemporaryDirectory:
-    return tempfile.TemporaryDirectory()
 
 
 def _remove(folder: Path) -> None:

@@ -5,13 +5,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from etils import epath
-
+from t5x_domain import files
 from t5x_domain.conversion.checkpoint import Checkpoint
+from t5x_domain.conversion.description import DESCRIPTION
 from t5x_domain.conversion.folders import new_folder
 from t5x_domain.conversion.huggingface import CONFIG, open_huggingface, write_huggingface
 from t5x_domain.conversion.native import find_params, open_native, write_native
 from t5x_domain.conversion.safetensors_files import INDEX, SINGLE
+from t5x_domain.conversion.stores import absolute
 from t5x_domain.conversion.t5x import is_t5x, open_t5x
 from t5x_domain.errors import UserError
 
@@ -29,20 +30,13 @@ def detect(path: str, flag: str = "--from") -> str:
     Raises:
       UserError: there is nothing, or nothing that is known.
     """
-    folder = epath.Path(path)
-    try:
-        exists = folder.exists()
-    except Exception as error:  # a bucket's own kinds
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{flag}={path}: cannot be reached ({reason}).") from error
-    if not exists:
+    folder = files.path(path)
+    if not folder.exists():
         raise UserError(
             f"{flag}={path}: there is no such folder; download a model of a hub first: hf download NAME --local-dir=DIR"
         )
     if is_t5x(path):
         return "t5x"
-    if "://" in path:
-        raise UserError(f"{flag}={path}: only T5X's checkpoints are read from a bucket; copy it to this machine first.")
     if (folder / CONFIG).exists():
         return "huggingface"
     if not folder.is_dir():
@@ -67,16 +61,12 @@ def state_of(path: str, flag: str = "--from") -> str:
       flag: where it was given, for messages.
 
     Returns:
-      The folder of the parameters, and in brackets a digest of the names, sizes and dates of what it holds; of a
-      bucket the path alone.
+      The folder of the parameters, and in brackets a digest of the names, sizes and dates of what it holds.
     """
-    if "://" in path:
-        return path
-    folder = Path(find_params(path) if detect(path, flag) == "native" else path).resolve()
+    folder = find_params(path) if detect(path, flag) == "native" else absolute(path)
     digest = hashlib.sha256()
-    for file in sorted(folder.rglob("*")):
-        stat = file.stat()
-        digest.update(f"{file.relative_to(folder)} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    for name, size, date in files.listing(folder):
+        digest.update(f"{name} {size} {date}\n".encode())
     return f"{folder} ({digest.hexdigest()[:16]})"
 
 
@@ -111,7 +101,7 @@ def write_checkpoint(
 
     Args:
       checkpoint: what to write.
-      target: the folder.
+      target: the folder, of this machine or in a bucket.
       format_name: one of `WRITTEN`.
       flag: where `target` was given, for messages.
       check: called with the finished folder before it gets its name; if it raises, there will be no folder.
@@ -119,7 +109,7 @@ def write_checkpoint(
     Raises:
       UserError: `target` holds something, the format cannot express the model, or the disk is full.
     """
-    with new_folder(target, flag) as folder:
+    with new_folder(target, flag, last=DESCRIPTION if format_name == "native" else CONFIG) as folder:
         if format_name == "native":
             write_native(checkpoint, folder, home=target)
         else:

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from t5x_domain import files
 from t5x_domain.conversion import safetensors_files
 from t5x_domain.conversion.checkpoint import Checkpoint
-from t5x_domain.conversion.folders import scratch_folder
 from t5x_domain.conversion.huggingface_bert import BERT, completed
 from t5x_domain.conversion.huggingface_config import read_config, write_config
 from t5x_domain.conversion.layout import part_shapes
@@ -59,13 +59,13 @@ def open_huggingface(path: str, *, tokenizer: bool = True) -> Checkpoint:
     """A folder as `save_pretrained` writes it.
 
     Args:
-      path: the folder.
+      path: the folder, of this machine or in a bucket.
       tokenizer: whether to read the vocabulary, too; only those of T5's kind can be.
 
     Raises:
       UserError: an architecture or option that is not converted, incomplete or left-over tensors, another vocabulary.
     """
-    folder = Path(path)
+    folder = files.path(path)
     try:
         content = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except OSError as error:
@@ -86,7 +86,7 @@ def open_huggingface(path: str, *, tokenizer: bool = True) -> Checkpoint:
         model,
         config,
         found | tensors,  # what is left over keeps its name, for `checked` to list it
-        read_vocabulary(folder, into=scratch_folder() / "vocabulary.model") if tokenizer else None,
+        read_vocabulary(folder, into=files.scratch_folder() / "vocabulary.model") if tokenizer else None,
         facts={"huggingface": {key: content[key] for key in ("model_type", "architectures") if key in content}},
     ).checked()
 

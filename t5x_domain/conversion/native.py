@@ -28,9 +28,10 @@ from t5x_domain.conversion.description import DESCRIPTION, describe, read_descri
 from t5x_domain.conversion.layout import Leaf, leaves
 from t5x_domain.conversion.tensors import LastRead, Tensor
 from t5x_domain.errors import UserError
-from t5x_domain.models.names import path_name
+from t5x_domain.files import is_remote
 
 SECOND_MOMENTS = "second_moments.npz"
+COMMITTED = "commit_success.txt"  # the last object that Orbax writes of a step in a bucket
 
 
 def find_params(path: str) -> epath.Path:
@@ -41,12 +42,17 @@ def find_params(path: str) -> epath.Path:
     """
     root = stores.absolute(path)  # Orbax finds nothing under a relative path
     for folder in (root / "checkpoints", root):
-        steps = [int(child.name) for child in folder.iterdir() if child.name.isdigit()] if folder.is_dir() else []
+        steps = [int(step.name) for step in folder.iterdir() if is_complete_step(step)] if folder.is_dir() else []
         if steps:
             return folder / str(max(steps)) / "params"
         if (folder / "params").exists():
             return folder / "params"
     raise UserError(f"{path}: no complete checkpoint there; give a run directory or one of its checkpoints.")
+
+
+def is_complete_step(folder: epath.Path) -> bool:
+    """Whether a folder is a complete checkpoint: renamed when it is on a disk, marked when it is in a bucket."""
+    return folder.name.isdigit() and (not is_remote(folder) or (folder / COMMITTED).exists())
 
 
 def open_native(path: str) -> Checkpoint:
@@ -56,7 +62,7 @@ def open_native(path: str) -> Checkpoint:
       UserError: it is none of these, or incomplete.
     """
     params = find_params(path)
-    folder = next((f for f in params.parents if (f / DESCRIPTION).exists()), None)
+    folder = next((f for f in list(params.parents)[:3] if (f / DESCRIPTION).exists()), None)
     if folder is None:
         raise UserError(
             f"{path}: no {DESCRIPTION} beside the parameters, so their model is unknown; restore that file, or start "
@@ -147,12 +153,7 @@ class _Writer(ocp.type_handlers.NumpyHandler):
 def _tensors(params: epath.Path, wanted: Sequence[Leaf]) -> dict[str, Tensor]:
     """Every array of an Orbax checkpoint, by layer where `wanted` says that it holds several."""
     try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            described = checkpointer.metadata(params).item_metadata
-        if described is None:
-            raise ValueError("Orbax finds no description of arrays in it")
-        tree = described.tree
-        stored = [path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
+        stored = ["/".join(names) for names in stores.orbax_names(params / stores.ORBAX)]
         bundled = (params / "manifest.ocdbt").exists()
         specs = {name: stores.orbax_spec(params, name.replace("/", "."), bundled=bundled) for name in stored}
         stores_by_name = {name: stores.open_array(spec) for name, spec in specs.items()}
@@ -180,7 +181,7 @@ def _read_second_moments(folder: epath.Path) -> SecondMoments | None:
         return None
     slots: dict[str, dict[str, np.ndarray]] = {}
     try:
-        with np.load(path) as saved:
+        with path.open("rb") as file, np.load(file) as saved:
             for key in saved.files:
                 slot, _, name = key.partition(":")
                 if name:

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+from etils import epath
 
+from t5x_domain import files
 from t5x_domain.conversion.tensors import Index, Tensor
 from t5x_domain.errors import UserError
 
@@ -30,12 +32,13 @@ _DTYPES = {
 _NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
 
 
-def open_folder(folder: Path) -> dict[str, Tensor]:
+def open_folder(folder: epath.PathLike) -> dict[str, Tensor]:
     """The tensors of a Hugging Face folder, in one file or in shards with an index.
 
     Raises:
       UserError: there are none, or a file is missing, cut off or not what the index says.
     """
+    folder = files.path(folder)
     if (folder / SINGLE).exists():  # also where transformers looks first
         return open_file(folder / SINGLE)
     if (folder / INDEX).exists():
@@ -57,15 +60,16 @@ def open_folder(folder: Path) -> dict[str, Tensor]:
     raise UserError(f"{folder}: has neither {SINGLE} nor {INDEX}{found}.")
 
 
-def open_file(path: Path) -> dict[str, Tensor]:
+def open_file(path: epath.PathLike) -> dict[str, Tensor]:
     """The tensors of one file.
 
     Raises:
       UserError: the file is missing, cut off, or no safetensors file.
     """
+    path = files.path(path)
     try:
-        size = path.stat().st_size
-        with open(path, "rb") as file:
+        size = path.stat().length
+        with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header = file.read(length) if length <= size else b""
     except OSError as error:
@@ -96,7 +100,7 @@ def _end_of_data(offsets: Iterable[Sequence[int]]) -> int:
     return end
 
 
-def _tensor(path: Path, data: int, name: str, entry: Mapping) -> Tensor:
+def _tensor(path: epath.Path, data: int, name: str, entry: Mapping) -> Tensor:
     if entry["dtype"] not in _DTYPES:
         raise UserError(
             f"{path}: {name} is of dtype {entry['dtype']}, which is not converted; save the model as float32 or "
@@ -113,11 +117,11 @@ def _tensor(path: Path, data: int, name: str, entry: Mapping) -> Tensor:
         first, *others = index or [slice(None)]
         rows = range(*first.indices(shape[0])) if shape else range(1)
         row_shape = shape[1:]
-        count = len(rows) * math.prod(row_shape)
-        with open(path, "rb") as file:
+        array = np.empty(len(rows) * math.prod(row_shape), dtype)
+        with path.open("rb") as file:
             file.seek(data + start + rows.start * math.prod(row_shape) * dtype.itemsize)
-            array = np.fromfile(file, dtype, count)
-        if array.size != count:
+            num_bytes = file.readinto(array.view(np.uint8))
+        if num_bytes != array.nbytes:
             raise UserError(f"{path}: became shorter while it was read; copy it anew.")
         return array.reshape((len(rows), *row_shape) if shape else ())[(slice(None), *others) if shape else ()]
 

@@ -1,5 +1,6 @@
 """Arrays in TensorStore's formats, local or in a bucket: what Orbax and T5X write."""
 
+import json
 import os
 import re
 from typing import Any
@@ -8,20 +9,27 @@ import numpy as np
 import tensorstore as ts
 from etils import epath
 
+from t5x_domain import files
 from t5x_domain.conversion.tensors import Index, Tensor
 from t5x_domain.errors import UserError
 
+ORBAX = "_METADATA"  # the file of an Orbax checkpoint that lists its arrays
+
 
 def kvstore(path: str) -> dict[str, Any]:
-    """TensorStore's name for a folder: of this machine, or gs://bucket/folder."""
-    if bucket := re.fullmatch(r"gs://([^/]+)/?(.*)", str(path), re.DOTALL):
-        return {"driver": "gcs", "bucket": bucket[1], "path": bucket[2].rstrip("/") + "/"}
+    """TensorStore's name for a folder: of this machine, gs://bucket/folder or s3://bucket/folder."""
+    if bucket := re.fullmatch(r"(gs|s3)://([^/]+)/?(.*)", str(path), re.DOTALL):
+        place = {"bucket": bucket[2], "path": bucket[3].rstrip("/") + "/"}
+        if bucket[1] == "gs":
+            return {"driver": "gcs", **place}
+        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")  # as Amazon's tools do
+        return {"driver": "s3", **place, **({"endpoint": endpoint} if endpoint else {})}
     return {"driver": "file", "path": str(path).rstrip("/") + "/"}
 
 
 def absolute(path: str | os.PathLike) -> epath.Path:
-    """An absolute path, of this machine or gs://bucket/folder."""
-    return epath.Path(path) if "://" in str(path) else epath.Path(path).resolve()  # which takes gs: for a folder
+    """An absolute path, of this machine or in a bucket."""
+    return files.path(path) if files.is_remote(path) else files.path(path).resolve()  # which takes gs: for a folder
 
 
 def orbax_spec(folder: str | os.PathLike, key: str, *, bundled: bool, zarr3: bool = False) -> dict[str, Any]:
@@ -31,6 +39,28 @@ def orbax_spec(folder: str | os.PathLike, key: str, *, bundled: bool, zarr3: boo
         place = {"driver": "ocdbt", "base": kvstore(str(folder)), "path": f"{key}/"}
     # Orbax stores zeros, too, so what is missing is no zeros.
     return {"driver": "zarr3" if zarr3 else "zarr", "kvstore": place, "fill_missing_data_reads": False}
+
+
+def orbax_names(metadata: epath.Path) -> list[tuple[str, ...]]:
+    """Where the arrays of an Orbax checkpoint stand in its tree, as its file `ORBAX` says.
+
+    Raises:
+      OSError: there is no such file.
+      UserError: it is damaged.
+    """
+    return [
+        tuple(str(key["key"]) for key in entry["key_metadata"])
+        for entry in read_json(metadata).get("tree_metadata", {}).values()
+        if not entry["value_metadata"]["skip_deserialize"]  # None and empty nodes
+    ]
+
+
+def read_json(file: epath.Path) -> dict[str, Any]:
+    """A file that describes a checkpoint. Raises UserError if it is damaged."""
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise UserError(f"{file}: cut short or damaged ({error}); copy the checkpoint again.") from error
 
 
 def open_array(spec: dict[str, Any]) -> ts.TensorStore:

@@ -7,7 +7,6 @@ T5X has written three formats, each into `MODEL_DIR/checkpoint_<step>/`:
 """
 
 import dataclasses
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -31,7 +30,7 @@ from t5x_domain.errors import UserError
 from t5x_domain.models.config import ModelConfig
 
 VERSION = 3  # of the msgpack formats, since June 2021
-_MSGPACK, _ORBAX, _PLACEHOLDER = "checkpoint", "_METADATA", "PLACEHOLDER://"
+_MSGPACK, _PLACEHOLDER = "checkpoint", "PLACEHOLDER://"
 _MESH_TENSORFLOW = b"model_checkpoint_path"
 _TARGET, _SLOTS, _STEP = "target/", "state/param_states/", "state/step"
 
@@ -102,9 +101,9 @@ def read_t5x(file: epath.Path, *, optimizer: bool = True) -> dict[str, Tensor]:
     Raises:
       UserError: it is damaged, of another version, or arrays that it names are missing.
     """
-    folder, metadata = file.parent, file.parent / _ORBAX
+    folder, metadata = file.parent, file.parent / stores.ORBAX
     bundled = (folder / "manifest.ocdbt").exists()
-    zarr3 = metadata.exists() and _json(metadata).get("use_zarr3", False)
+    zarr3 = metadata.exists() and stores.read_json(metadata).get("use_zarr3", False)
 
     def read(leaf: tuple[str, Any]) -> Tensor:
         name, value = leaf
@@ -117,7 +116,7 @@ def read_t5x(file: epath.Path, *, optimizer: bool = True) -> dict[str, Tensor]:
             return Tensor.of(np.asarray(value))
         raise UserError(f"{file}: {name} is {str(value)[:80]!r}, not an array; the file is damaged.")
 
-    values = dict(_orbax_leaves(file) if file.name == _ORBAX else _msgpack_leaves(file))
+    values = dict(_orbax_leaves(file) if file.name == stores.ORBAX else _msgpack_leaves(file))
     values = {name: value for name, value in values.items() if optimizer or name.startswith((_TARGET, _STEP))}
     with ThreadPoolExecutor(32) as threads:  # opening one reads a small file, in a bucket too slow to do in turn
         return dict(zip(values, threads.map(read, values.items()), strict=True))
@@ -143,8 +142,10 @@ def _find(root: epath.Path) -> epath.Path | None:
     for folder in (root, root / "state"):
         if (folder / _MSGPACK).is_file() and _is_msgpack(folder / _MSGPACK):
             return folder / _MSGPACK
-        if (folder / _ORBAX).is_file() and any(names[0] == "target" for names in _orbax_paths(folder / _ORBAX)):
-            return folder / _ORBAX
+        if (folder / stores.ORBAX).is_file() and any(
+            names[0] == "target" for names in stores.orbax_names(folder / stores.ORBAX)
+        ):
+            return folder / stores.ORBAX
     names = [re.fullmatch(r"checkpoint_(\d+)", child.name) for child in root.iterdir()]
     newest = max((name for name in names if name), key=lambda name: int(name[1]), default=None)
     return None if newest is None else _find(root / newest[0])
@@ -196,24 +197,8 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 
 def _orbax_leaves(metadata: epath.Path) -> Iterator[tuple[str, Any]]:
-    for path in _orbax_paths(metadata):
+    for path in stores.orbax_names(metadata):
         yield "/".join(path), _PLACEHOLDER + ".".join(path)
-
-
-def _orbax_paths(metadata: epath.Path) -> list[tuple[str, ...]]:
-    """Paths of all arrays of an Orbax checkpoint."""
-    return [
-        tuple(str(key["key"]) for key in entry["key_metadata"])
-        for entry in _json(metadata).get("tree_metadata", {}).values()
-        if not entry["value_metadata"]["skip_deserialize"]  # None and empty nodes
-    ]
-
-
-def _json(file: epath.Path) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_text())
-    except ValueError as error:
-        raise UserError(f"{file}: cut short or damaged ({error}); copy the checkpoint again.") from error
 
 
 def _open(file: epath.Path, name: str, spec: Mapping[str, Any]) -> Tensor:

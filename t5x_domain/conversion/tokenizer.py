@@ -17,13 +17,15 @@ import base64
 import json
 import math
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from etils import epath
+
 from t5x_domain.data.vocabulary import EOS_ID, PAD_ID, UNK_ID, ByteVocabulary, Vocabulary
 from t5x_domain.errors import UserError
+from t5x_domain.files import path
 
 MODEL_FILES = ("spiece.model", "sentencepiece.bpe.model", "tokenizer.model")
 _SPACE = "▁"
@@ -64,13 +66,13 @@ def write_tokenizer(
         model = json.dumps({"type": "BPE", "unk_token": "<unk>", "byte_fallback": True, "vocab": ids, "merges": []})
     else:
         require_writable(vocabulary)
-        proto = _parse(Path(vocabulary.model_file))
+        proto = _parse(path(vocabulary.model_file))
         special = {
             i: piece.piece for i, piece in enumerate(proto.pieces) if piece.type in (piece.CONTROL, piece.UNKNOWN)
         }
         parts = _pipeline(proto)
         model = _unigram(proto, vocabulary.num_sentinels)
-        shutil.copyfile(vocabulary.model_file, folder / MODEL_FILES[0])
+        (folder / MODEL_FILES[0]).write_bytes(path(vocabulary.model_file).read_bytes())
     sentinels = {int(vocabulary.sentinel_id(k)): f"<extra_id_{k}>" for k in range(vocabulary.num_sentinels)}
     flags = {"single_word": False, "rstrip": False, "normalized": False, "special": True}
     added = [
@@ -96,7 +98,7 @@ def write_tokenizer(
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
-def read_vocabulary(folder: Path, into: Path) -> Vocabulary | ByteVocabulary | None:
+def read_vocabulary(folder: epath.Path, into: Path) -> Vocabulary | ByteVocabulary | None:
     """The vocabulary of a Hugging Face folder; None if it holds no tokenizer.
 
     Args:
@@ -113,7 +115,7 @@ def read_vocabulary(folder: Path, into: Path) -> Vocabulary | ByteVocabulary | N
         raise UserError(f"{folder}: its tokenizer files are damaged ({error!r}); copy them anew.") from error
 
 
-def _read_vocabulary(folder: Path, into: Path) -> Vocabulary | ByteVocabulary | None:
+def _read_vocabulary(folder: epath.Path, into: Path) -> Vocabulary | ByteVocabulary | None:
     config, document = _read_json(folder / "tokenizer_config.json"), _read_json(folder / "tokenizer.json")
     kind = str(config.get("tokenizer_class", "T5Tokenizer")).removesuffix("Fast")
     model_file = next((folder / name for name in MODEL_FILES if (folder / name).is_file()), None)
@@ -142,7 +144,7 @@ def _read_vocabulary(folder: Path, into: Path) -> Vocabulary | ByteVocabulary | 
     return vocabulary
 
 
-def _parse(model_file: Path):  # noqa: ANN202
+def _parse(model_file: epath.Path):  # noqa: ANN202
     from google.protobuf.message import DecodeError
     from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
@@ -152,12 +154,12 @@ def _parse(model_file: Path):  # noqa: ANN202
         raise UserError(f"{model_file}: not a SentencePiece model; {_SUPPORTED}.") from error
 
 
-def _read_json(path: Path) -> dict:
+def _read_json(file: epath.Path) -> dict:
     """{} if there is no such file."""
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error}); copy the file anew.") from error
+        raise UserError(f"{file}: not JSON ({error}); copy the file anew.") from error
 
 
 def require_writable(vocabulary: Vocabulary | ByteVocabulary) -> None:
@@ -165,7 +167,7 @@ def require_writable(vocabulary: Vocabulary | ByteVocabulary) -> None:
     if isinstance(vocabulary, ByteVocabulary):
         return
     model_file = vocabulary.model_file
-    proto = _parse(Path(model_file))
+    proto = _parse(path(model_file))
     spec, types = proto.normalizer_spec, proto.SentencePiece
     known = (types.NORMAL, types.CONTROL, types.UNKNOWN, types.BYTE)
     unusual = next((piece.piece for piece in proto.pieces if piece.type not in known), None)

@@ -8,6 +8,7 @@ from pathlib import Path
 import gin
 import numpy as np
 
+from t5x_domain import files
 from t5x_domain.data.cache import CachedSplit, TokenCache
 from t5x_domain.data.curriculum import Phase
 from t5x_domain.data.pipeline import write_cache
@@ -133,7 +134,7 @@ def _ensure_vocabulary(
 ) -> None:
     if not isinstance(vocabulary, Vocabulary):
         raise UserError("prepare.vocabulary_size is for SentencePiece vocabularies; set it to None for bytes.")
-    if not Path(vocabulary.model_file).exists():
+    if not files.path(vocabulary.model_file).exists():
         print(f"{vocabulary.model_file}: training {size:,} pieces", file=sys.stderr)
         train_sentencepiece(_texts(corpora, split), vocabulary.model_file, size, special_tokens=special_tokens)
     pieces = vocabulary.vocab_size - vocabulary.extra_ids

@@ -16,6 +16,7 @@ from typing import Any
 
 import gin
 
+from t5x_domain import files
 from t5x_domain.cli import gin_search_paths
 from t5x_domain.data.lines import read_lines
 from t5x_domain.errors import UserError
@@ -149,8 +150,8 @@ class FileSource(Source):
     """A source of files.
 
     Attributes:
-      files: for each split a file or glob pattern, or a list of them; relative to the working directory, else to the
-        checkout or the installed package.
+      files: for each split a file or glob pattern, or a list of them; in a bucket, or relative to the working
+        directory, else to the checkout or the installed package.
     """
 
     files: Mapping[str, str | Sequence[str]]
@@ -174,21 +175,25 @@ class FileSource(Source):
         return [path for pattern in patterns for path in resolve_files(pattern)]
 
     def part_size(self, part: str) -> int:
-        return Path(part).stat().st_size
+        return files.path(part).stat().length
 
 
 def resolve_files(pattern: str, setting: str = "the source's `files`") -> list[str]:
-    """Sorted files that match a path or glob pattern, in the first folder of `gin_search_paths` that has any.
+    """Sorted files that match a path or glob pattern, in a bucket or the first of `gin_search_paths` that has any.
 
     `setting` is where the pattern was given, for messages.
 
     Raises:
       UserError: nothing matches.
     """
+    if files.is_remote(pattern):
+        if found := files.matching(pattern):
+            return found
+        raise UserError(f"{pattern}: no such object; mend {setting} in gin.")
     for root in gin_search_paths():
         paths = [Path(root, match) for match in glob.glob(pattern, root_dir=root, recursive=True)]
-        if files := sorted(str(path) for path in paths if path.is_file()):
-            return files
+        if found := sorted(str(path) for path in paths if path.is_file()):
+            return found
     raise UserError(f"{pattern}: no such file (working directory {Path.cwd()}); mend {setting} in gin.")
 
 
@@ -262,7 +267,7 @@ class ParquetSource(FileSource):
 
         number = 0
         try:
-            with pyarrow.parquet.ParquetFile(part) as table:
+            with files.path(part).open("rb") as file, pyarrow.parquet.ParquetFile(file) as table:
                 rows = (row for batch in table.iter_batches(batch_size=1024) for row in batch.to_pylist())
                 for number, row in enumerate(rows, 1):
                     yield number, f"{part}, row {number}", python_fields(row)
@@ -283,7 +288,8 @@ class TFRecordSource(FileSource):
 
         number = 0
         try:
-            records = tf.data.TFRecordDataset(part, "GZIP" if part.endswith(".gz") else "").as_numpy_iterator()
+            copy = str(files.local_copy(part))  # TensorFlow has no credentials of fsspec's
+            records = tf.data.TFRecordDataset(copy, "GZIP" if part.endswith(".gz") else "").as_numpy_iterator()
             for number, record in enumerate(records, 1):
                 features = tf.train.Example.FromString(record).features.feature
                 fields = {name: _feature_values(feature) for name, feature in features.items()}

@@ -10,11 +10,11 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Sequence
-from pathlib import Path
 
 import gin
 import numpy as np
 
+from t5x_domain import files
 from t5x_domain.data.sources import resolve_files
 from t5x_domain.data.vocabulary import ByteVocabulary, Vocabulary
 from t5x_domain.errors import UserError
@@ -238,7 +238,7 @@ def _term_ids(lexicon: Lexicon, vocabulary: AnyVocabulary) -> tuple[np.ndarray, 
 def _terms_of(file: str) -> list[str]:
     path = resolve_files(file, "Lexicon.file")[0]
     try:
-        return Path(path).read_text(encoding="utf-8").splitlines()
+        return files.path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"Lexicon.file={file}: cannot be read as UTF-8 text ({error}).") from error
 

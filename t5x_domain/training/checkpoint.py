@@ -10,8 +10,9 @@ import gin
 import orbax.checkpoint as ocp
 
 from t5x_domain.conversion.stores import absolute
-from t5x_domain.errors import UserError
+from t5x_domain.errors import StorageError, UserError
 from t5x_domain.parallel.processes import peers
+from t5x_domain.training.mirror import Mirror
 from t5x_domain.training.state import TrainState
 
 
@@ -32,7 +33,7 @@ class Retention:
 
 
 class Checkpoints:
-    """The checkpoints of one run directory."""
+    """The checkpoints of one run directory, of this machine, gs:// (Orbax's own way) or s3:// (see `Mirror`)."""
 
     def __init__(self, directory: str | Path, retention: Retention | None = None) -> None:
         """Opens `directory`, creates it if needed, and removes what an interrupted save has left."""
@@ -48,13 +49,14 @@ class Checkpoints:
                 )
             )
         self.directory = absolute(directory)
+        self._mirror = Mirror(self.directory) if str(self.directory).startswith("s3://") else None
         self._manager = _Manager(
-            self.directory,
+            self.directory if self._mirror is None else self._mirror.local,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policies.AnyPreservationPolicy(rules),
                 best_fn=_held_out_loss,  # Orbax keeps metrics beside a checkpoint only if there is one
                 best_mode="min",
-                enable_async_checkpointing=True,
+                enable_async_checkpointing=self._mirror is None,
                 cleanup_tmp_directories=True,
             ),
             item_names=("params", "rest", "data", "metrics"),
@@ -80,6 +82,8 @@ class Checkpoints:
           UserError: this save, or the one before it, could not be written.
         """
         with self._explained(f"the checkpoint of step {step}, or the one before,"):
+            if self._mirror is not None:
+                self._mirror.wait()
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -90,6 +94,8 @@ class Checkpoints:
                 metrics=held_out,
                 force=True,
             )
+            if self._mirror is not None:
+                self._mirror.push()
 
     def wait(self) -> None:
         """Blocks until the last save is complete.
@@ -99,6 +105,8 @@ class Checkpoints:
         """
         with self._explained("the last checkpoint"):
             self._manager.wait_until_finished()
+            if self._mirror is not None:
+                self._mirror.wait()
 
     def restore(self, target: TrainState, step: int) -> tuple[TrainState, dict[str, Any]]:
         """The state and data position of `step`; `target` holds shapes and shardings (`Blueprint.abstract_state`)."""
@@ -122,12 +130,16 @@ class Checkpoints:
             self.wait()
         finally:
             self._manager.close()
+            if self._mirror is not None:
+                self._mirror.close()
 
     @contextlib.contextmanager
     def _explained(self, what: str) -> Iterator[None]:
         """Turns a failed write into a sentence. Complete checkpoints stay: Orbax renames one only when it is whole."""
         try:
             yield
+        except (StorageError, UserError):  # which say it better
+            raise
         except Exception as error:  # Orbax and TensorStore raise many kinds, full disks among them
             if others := peers():
                 others.rule_out_loss(error)

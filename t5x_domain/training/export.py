@@ -1,13 +1,13 @@
 """A finished run as a Hugging Face folder (`Run.export_on_finish`)."""
 
 import json
-from pathlib import Path
 
 from t5x_domain.conversion.folders import require_free
 from t5x_domain.conversion.formats import write_checkpoint
 from t5x_domain.conversion.native import open_native
 from t5x_domain.conversion.rtd import discriminator
-from t5x_domain.files import write_atomically
+from t5x_domain.conversion.stores import absolute
+from t5x_domain.files import path, write_atomically
 from t5x_domain.training.run import Run
 
 _FLAG = "--export_on_finish"
@@ -30,15 +30,16 @@ def export(run: Run) -> None:
     if target is None or _is_done(run):
         return
     write_checkpoint(discriminator(open_native(run.run_dir)), target, "huggingface", flag=_FLAG)
-    written = json.dumps([*_written(run), str(Path(target).resolve())], indent=1)
-    write_atomically(Path(run.run_dir) / _RECORD, written.encode())
+    written = json.dumps([*_written(run), str(absolute(target))], indent=1)
+    write_atomically(path(run.run_dir) / _RECORD, written.encode())
     print(f"{target}: written for Hugging Face")
 
 
 def _written(run: Run) -> list[str]:
-    path = Path(run.run_dir) / _RECORD
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    record = path(run.run_dir) / _RECORD
+    return json.loads(record.read_text(encoding="utf-8")) if record.exists() else []
 
 
 def _is_done(run: Run) -> bool:
-    return str(Path(run.export_on_finish).resolve()) in _written(run) and Path(run.export_on_finish).exists()
+    target = absolute(run.export_on_finish)
+    return str(target) in _written(run) and target.exists()

@@ -8,12 +8,11 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 
-from t5x_domain.files import write_atomically
+from t5x_domain.files import Growing, write_atomically
 from t5x_domain.parallel.processes import is_first
 from t5x_domain.training.metrics import JsonLines, read_json_lines
 
@@ -55,13 +54,13 @@ class Ledger:
         self._last_summary = -math.inf
         jax.monitoring.register_event_time_span_listener(self._compiled)
 
-    def open(self, run_dir: Path, step: int, total_steps: int) -> None:
+    def open(self, records: Growing, step: int, total_steps: int) -> None:
         """Goes on with the account of a run directory, from a checkpoint of `step`."""
-        earlier = read_json_lines(run_dir / "goodput.jsonl")
+        earlier = read_json_lines(records.home / "goodput.jsonl")
         self._earlier = account(earlier, step, self._began)
         self._starts = 1 + sum("started" in line for line in earlier)
         self._first_steps = [line["first_step_seconds"] for line in earlier if "first_step_seconds" in line]
-        self._run_dir, self._start, self._step, self._total_steps = run_dir, step, step, total_steps
+        self._records, self._start, self._step, self._total_steps = records, step, step, total_steps
 
     def enter(self, cause: str) -> None:
         """What the main thread is about from now on."""
@@ -112,6 +111,7 @@ class Ledger:
         if self._lines is not None:  # nothing was trained, nothing is to be said
             self._write_summary(self.record(self._step, finished=self._step >= self._total_steps))
             self._lines.close()
+            self._records.publish()
 
     def _total(self) -> dict[str, Any]:
         seconds = {cause: self._earlier[cause] + self._seconds[cause] for cause in CAUSES}
@@ -120,14 +120,15 @@ class Ledger:
 
     def _write(self, line: Mapping[str, Any]) -> None:
         if self._lines is None:
-            self._lines = JsonLines(self._run_dir / "goodput.jsonl", keep_until=math.inf)
+            local, home = (folder / "goodput.jsonl" for folder in (self._records.local, self._records.home))
+            self._lines = JsonLines(local, math.inf, home)
             self._lines.write({"step": self._start, "started": self._began})
         self._lines.write(line)
 
     def _write_summary(self, total: Mapping[str, Any]) -> None:
         self._last_summary = self._since
         summary = {**total, "starts": self._starts, "first_step_seconds": self._first_steps}
-        write_atomically(self._run_dir / "goodput.json", json.dumps(summary, indent=1).encode())
+        write_atomically(self._records.local / "goodput.json", json.dumps(summary, indent=1).encode())
 
     def _compiled(self, event: str, start: float, end: float, **_: Any) -> None:
         """JAX has traced, lowered or compiled something; while tracing it may have compiled something else."""

@@ -1,11 +1,12 @@
 """Updates that are not finite: skipped by the step, counted here."""
 
+import io
 from collections.abc import Mapping
-from pathlib import Path
 
 import jax
 import numpy as np
 
+from t5x_domain import files
 from t5x_domain.errors import UserError
 from t5x_domain.parallel.processes import wait_for_all
 from t5x_domain.training.feed import Feed
@@ -37,8 +38,9 @@ class Guard:
         skipped = int(metrics["skipped_in_a_row"])
         if skipped >= self._run.max_skipped_in_a_row:
             part = f"_rows_of_process_{jax.process_index()}" if jax.process_count() > 1 else ""
-            path = Path(self._run.run_dir) / f"nonfinite_batch_{step}{part}.npz"
-            np.savez(path, **self._feed.batches[step - 1])
+            path = files.path(self._run.run_dir) / f"nonfinite_batch_{step}{part}.npz"
+            np.savez(content := io.BytesIO(), **self._feed.batches[step - 1])
+            files.write_atomically(path, content.getvalue())
             wait_for_all(f"non-finite batch {step}")  # the first to fail ends the others
             raise UserError(
                 f"the last {skipped} updates up to step {step} were not finite and were skipped; the batch of the last "

@@ -3,17 +3,17 @@
 import contextlib
 import dataclasses
 import json
-from pathlib import Path
 from typing import Any
 
 import gin
 import jax
 import numpy as np
+from etils import epath
 
 from t5x_domain.conversion.native import open_native
 from t5x_domain.data.curriculum import learning_rate
 from t5x_domain.evaluation.perplexity import headline
-from t5x_domain.files import write_atomically
+from t5x_domain.files import Growing, write_atomically
 from t5x_domain.models.names import path_name
 from t5x_domain.parallel.peers import EXIT_PREEMPTED
 from t5x_domain.parallel.processes import first_does, is_first
@@ -67,21 +67,23 @@ def _train(run: Run, ledger: Ledger) -> int:
     eval_step = make_eval_step(blueprint, feed.loss)
 
     run_dir = first_does(lambda: _claim_directory(run, feed))
+    records = Growing(run_dir)
     with contextlib.ExitStack() as closing:
+        closing.callback(records.publish)  # the last of all
         checkpoints = closing.enter_context(contextlib.closing(Checkpoints(run_dir / "checkpoints", run.retention)))
         begins = checkpoints.latest_step is None
         wandb = None
         if run.wandb_project is not None and is_first():
-            wandb = WeightsAndBiases(run.wandb_project, run_dir, run.identity(feed.batches.starts))
+            wandb = WeightsAndBiases(run.wandb_project, records, run.identity(feed.batches.starts))
             closing.enter_context(contextlib.closing(wandb))
         state, start = starting_state(run, blueprint, transform, checkpoints)
-        ledger.open(run_dir, start, run.total_steps)
-        writer = MetricsWriter(run_dir, start, begins=begins, wandb=wandb) if is_first() else Silent()
+        ledger.open(records, start, run.total_steps)
+        writer = MetricsWriter(records, start, begins=begins, wandb=wandb) if is_first() else Silent()
         progress = Progress(start, run.total_steps) if is_first() else Silent()
         preemption = PreemptionNotice(start)
-        stragglers = Stragglers(run_dir, start, progress.say)
+        stragglers = Stragglers(records, start, progress.say)
         step_clock = StepClock(ledger)
-        profiler = Profiler(run_dir / "profile", run.profile_steps, step_clock, progress.say)
+        profiler = Profiler(records.local / "profile", run.profile_steps, step_clock, progress.say)
         for each in (writer, progress, preemption, stragglers, step_clock, profiler):
             closing.enter_context(contextlib.closing(each))
         last_logged = first_does(lambda: writer.last_logged)
@@ -129,6 +131,7 @@ def _train(run: Run, ledger: Ledger) -> int:
             held_out = evaluate(step) if last or step % run.eval_every == 0 else None
             if last or stop or step % run.checkpoint_every == 0:
                 guard.settle()
+                writer.publish()
                 with step_clock.pause("checkpoint"):
                     ledger.record(step)
                     checkpoints.save(state, step, feed.position(step), held_out)
@@ -142,7 +145,7 @@ def _train(run: Run, ledger: Ledger) -> int:
     return 0
 
 
-def _claim_directory(run: Run, feed: Feed) -> Path:
+def _claim_directory(run: Run, feed: Feed) -> epath.Path:
     run_dir = run.claim_directory(feed.batches.starts)
     (run_dir / "config.gin").write_text(gin.operative_config_str(), encoding="utf-8")
     return run_dir
@@ -161,7 +164,7 @@ def open_trained(run: Run) -> tuple[Feed, Blueprint, Any]:
     return Feed(run, mesh), blueprint, params
 
 
-def summarise(run_dir: Path, feed: Feed) -> None:
+def summarise(run_dir: epath.Path, feed: Feed) -> None:
     """Writes eval.json, held-out scores before and after, and phases.json, what each phase has seen."""
     evaluations = read_json_lines(run_dir / "evaluations.jsonl")
     before, after = evaluations[0], evaluations[-1]

@@ -4,25 +4,31 @@ import json
 import math
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import tensorboardX
+from etils import epath
 from tqdm import tqdm
 
+from t5x_domain.files import Growing
 from t5x_domain.training.weights_and_biases import WeightsAndBiases
+
+_PUBLISH_SECONDS = 60.0  # between uploads of the files of a run in a bucket
 
 
 class JsonLines:
     """A file of JSON objects, one a line, each with a `step`; whole lines only, whatever interrupts the writer."""
 
-    def __init__(self, path: Path, keep_until: int) -> None:
+    def __init__(self, path: Path, keep_until: int, before: epath.Path | None = None) -> None:
         """Opens `path` to append, after dropping lines of steps beyond `keep_until` and a torn last line.
 
         A run that goes on from a checkpoint repeats the steps since then, so what was written of them goes.
+        The lines so far are those of `before`, if it is given.
         """
-        kept = [line for line in read_json_lines(path) if line["step"] <= keep_until]
+        kept = [line for line in read_json_lines(before or path) if line["step"] <= keep_until]
         temporary = path.with_suffix(".partial")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         os.replace(temporary, path)
@@ -38,7 +44,7 @@ class JsonLines:
         self._file.close()
 
 
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
+def read_json_lines(path: Path | epath.Path) -> list[dict[str, Any]]:
     """The whole lines of a file that may end in the middle of one; [] if there is no file."""
     if not path.exists():
         return []
@@ -50,34 +56,50 @@ class MetricsWriter:
     """Writes each logged step to metrics.jsonl, each evaluation to evaluations.jsonl, and both to TensorBoard.
 
     What TensorBoard gets, `wandb` gets as well, if there is one.
+
+    In a bucket, whose objects cannot grow, these files are replaced by longer ones at each evaluation, before each
+    checkpoint (`publish`), and once a minute between. A process that is lost loses the lines since then; the steps
+    since the last checkpoint are repeated in any case.
     """
 
-    def __init__(self, run_dir: Path, start_step: int, *, begins: bool, wandb: WeightsAndBiases | None = None) -> None:
-        """Continues the files of a run that goes on from `start_step`, or begins there.
+    def __init__(
+        self, records: Growing, start_step: int, *, begins: bool, wandb: WeightsAndBiases | None = None
+    ) -> None:
+        """Continues the files of a run directory's run that goes on from `start_step`, or begins there.
 
         `last_logged` is the last step of metrics.jsonl, or that at which the run began.
         """
-        self._metrics = JsonLines(run_dir / "metrics.jsonl", start_step)
+        self._records, self._published = records, time.monotonic()
+        local, home = records.local, records.home
+        self._metrics = JsonLines(local / "metrics.jsonl", start_step, home / "metrics.jsonl")
         # The evaluation of a checkpoint's step was written before it was saved, hence stays; that with which the run
         # began, which no checkpoint has, is made again.
-        self._evaluations = JsonLines(run_dir / "evaluations.jsonl", start_step - begins)
-        written = read_json_lines(run_dir / "metrics.jsonl") or read_json_lines(run_dir / "evaluations.jsonl")[:1]
+        self._evaluations = JsonLines(local / "evaluations.jsonl", start_step - begins, home / "evaluations.jsonl")
+        written = read_json_lines(local / "metrics.jsonl") or read_json_lines(local / "evaluations.jsonl")[:1]
         self.last_logged = written[-1]["step"] if written else start_step
         # purge_step hides what TensorBoard has of the steps that are about to be repeated.
-        self._events = tensorboardX.SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
+        self._events = tensorboardX.SummaryWriter(str(local / "tensorboard"), purge_step=start_step + 1)
         self._wandb = wandb
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """One training step: numbers, or one level of {corpus: number}."""
         self._metrics.write({"step": step, **metrics})
         self.show("train", step, metrics)
+        if time.monotonic() - self._published > _PUBLISH_SECONDS:
+            self.publish()
 
     def evaluated(self, step: int, scores: Mapping[str, Mapping[str, float]]) -> None:
         """Held-out scores of each corpus."""
         self._evaluations.write({"step": step, "corpora": scores})
         for corpus, values in scores.items():
             self.show(f"held_out/{corpus}", step, values)
+        self.publish()
+
+    def publish(self) -> None:
+        """Brings what was written to where others see it: a checkpoint must not know more than its run's files."""
         self._events.flush()
+        self._records.publish()
+        self._published = time.monotonic()
 
     def show(self, prefix: str, step: int, values: Mapping[str, Any]) -> None:
         """Numbers, or nested {name: number}, for TensorBoard and wandb alone."""
@@ -92,6 +114,7 @@ class MetricsWriter:
         self._metrics.close()
         self._evaluations.close()
         self._events.close()
+        self._records.publish()
 
 
 def _flat(prefix: str, values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:

@@ -3,11 +3,13 @@
 import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any
 
 import gin
+from etils import epath
 
+from t5x_domain import files
 from t5x_domain.conversion.description import DESCRIPTION, describe
 from t5x_domain.conversion.huggingface import require_exportable
 from t5x_domain.conversion.rtd import remaining_model
@@ -34,7 +36,7 @@ class Run:
     """One training run.
 
     Attributes:
-      run_dir: where metrics and checkpoints go; a run found there goes on.
+      run_dir: where metrics and checkpoints go, a folder of this machine, gs:// or s3://; a run found there goes on.
       model: an assembly, e.g. `EncoderDecoder`.
       config: its shape.
       phases: what is learnt when: mixtures of corpora and objectives, see data/curriculum.py.
@@ -154,13 +156,13 @@ class Run:
         }
         return json.loads(json.dumps(described, default=repr))
 
-    def claim_directory(self, phase_starts: Sequence[int]) -> Path:
+    def claim_directory(self, phase_starts: Sequence[int]) -> epath.Path:
         """Creates the run directory, or checks that it is this run's.
 
         Raises:
           UserError: it belongs to a run of another configuration, or cannot be written.
         """
-        folder, identity = Path(self.run_dir), self.identity(phase_starts)
+        folder, identity = files.path(self.run_dir), self.identity(phase_starts)
         record = folder / "run.json"
         if record.exists() and _has_begun(folder):
             before = json.loads(record.read_text(encoding="utf-8"))
@@ -180,7 +182,7 @@ class Run:
             folder.mkdir(parents=True, exist_ok=True)
             write_atomically(record, json.dumps(identity, indent=1).encode())
             if not (folder / DESCRIPTION).exists() or not _has_begun(folder):
-                facts = {} if self.init_from is None else {"started_from": Path(self.init_from).name}
+                facts = {} if self.init_from is None else {"started_from": PurePath(self.init_from).name}
                 if self.prefix_lm:
                     facts["prefix_lm"] = self.prefix_lm
                 describe(folder, self.model, self.config, self.vocabulary, facts)
@@ -202,11 +204,11 @@ def _is_range(steps: Any, total: int) -> bool:
     return pair and 1 <= steps[0] <= steps[1] <= total
 
 
-def _has_begun(folder: Path) -> bool:
+def _has_begun(folder: epath.Path) -> bool:
     """Whether something was trained in a run directory; a start that was refused leaves one that was not."""
     logged, checkpoints = folder / "metrics.jsonl", folder / "checkpoints"
     saved = checkpoints.is_dir() and any(child.name.isdigit() for child in checkpoints.iterdir())
-    return saved or (logged.exists() and logged.stat().st_size > 0)
+    return saved or (logged.exists() and logged.stat().length > 0)
 
 
 def _described(phase: Phase, start: int) -> dict[str, Any]:

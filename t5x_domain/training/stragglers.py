@@ -5,11 +5,11 @@ import json
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from t5x_domain.files import Growing
 from t5x_domain.parallel.processes import is_first, peers
 from t5x_domain.training.metrics import JsonLines
 
@@ -28,14 +28,16 @@ class Stragglers:
     process 0 writes at a logged step what was sent at the one before.
     """
 
-    def __init__(self, run_dir: Path, start: int, say: Callable[[str], None]) -> None:
+    def __init__(self, records: Growing, start: int, say: Callable[[str], None]) -> None:
         """Continues the file of a run that goes on from step `start`; `say` shows a line."""
         self._peers, self._say = peers(), say
         self._times: list[tuple[float, float, float]] = []  # (step, data, devices), seconds
         self._data = self._device = 0.0
         self._began = time.perf_counter()
         self._reported: int | None = None
-        self._lines = JsonLines(run_dir / "hosts.jsonl", start) if self._peers and is_first() else None
+        self._lines = None
+        if self._peers and is_first():
+            self._lines = JsonLines(records.local / "hosts.jsonl", start, records.home / "hosts.jsonl")
 
     def of_data[T](self, batches: Iterable[T]) -> Iterator[T]:
         """The same batches, and the time until each comes; a step begins when the loop asks for its batch."""

@@ -3,11 +3,10 @@
 import json
 import secrets
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from t5x_domain.errors import UserError
-from t5x_domain.files import write_atomically
+from t5x_domain.files import Growing, write_atomically
 
 
 class WeightsAndBiases:
@@ -17,7 +16,7 @@ class WeightsAndBiases:
     later), WANDB_ENTITY, WANDB_API_KEY and the rest.
     """
 
-    def __init__(self, project: str, run_dir: Path, config: Mapping[str, Any]) -> None:
+    def __init__(self, project: str, records: Growing, config: Mapping[str, Any]) -> None:
         """Begins a run of `project`, or goes on with that which wandb.json in the run directory names.
 
         Raises:
@@ -30,7 +29,7 @@ class WeightsAndBiases:
                 f"Run.wandb_project = {project!r}: Weights & Biases is not installed; "
                 "pip install 't5x_domain[wandb]', or leave Run.wandb_project unset."
             ) from error
-        record = run_dir / "wandb.json"
+        record = records.home / "wandb.json"
         if not record.exists():
             write_atomically(record, json.dumps({"project": project, "id": secrets.token_hex(4)}).encode())
         identity = json.loads(record.read_text(encoding="utf-8"))
@@ -39,8 +38,8 @@ class WeightsAndBiases:
                 project=project,
                 id=identity["id"],
                 resume="allow",
-                name=run_dir.name,
-                dir=str(run_dir),
+                name=records.home.name,
+                dir=str(records.local),
                 config=dict(config),
                 settings={"console": "off"},  # what is printed stays where it is printed
             )

@@ -260,7 +260,7 @@ def test_damaged_parameters(broken, name, cut):
     path = broken / "params" / name
     path = next(path.iterdir()) if path.is_dir() else path
     path.write_bytes(path.read_bytes()[:40]) if cut else path.unlink()
-    with pytest.raises(UserError, match="params: incomplete or damaged"):
+    with pytest.raises(UserError, match="params: incomplete or damaged|params/_METADATA: cut short or damaged"):
         open_native(str(broken))
 
 

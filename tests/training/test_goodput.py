@@ -6,6 +6,7 @@ import threading
 import jax
 import pytest
 
+from t5x_domain.files import Growing
 from t5x_domain.training.goodput import CAUSES, Ledger
 from t5x_domain.training.metrics import read_json_lines
 
@@ -29,7 +30,7 @@ def clock():
 def ledger_of(clock, folder, step, total_steps=100, before=0.0):
     """A start that began `before` the ledger was made, and goes on from `step`."""
     ledger = Ledger(clock.now - before, clock)
-    ledger.open(folder, step, total_steps)
+    ledger.open(Growing(folder), step, total_steps)
     return ledger
 
 

@@ -4,6 +4,7 @@ import time
 
 import pytest
 
+from t5x_domain.files import Growing
 from t5x_domain.training.stragglers import Stragglers, slow, summary
 
 
@@ -43,7 +44,7 @@ def test_percentiles():
 
 def test_time_is_told_apart(tmp_path):
     """Waiting for data, for devices, and the rest; what comes after a step is not its time."""
-    stragglers = Stragglers(tmp_path, 0, print)
+    stragglers = Stragglers(Growing(tmp_path), 0, print)
 
     def batches():
         for _ in range(2):

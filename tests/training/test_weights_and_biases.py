@@ -9,6 +9,7 @@ from types import ModuleType
 import pytest
 
 from t5x_domain.errors import UserError
+from t5x_domain.files import Growing
 from t5x_domain.training.metrics import MetricsWriter
 from t5x_domain.training.weights_and_biases import WeightsAndBiases
 
@@ -44,8 +45,8 @@ def stand_in(monkeypatch):
 
 
 def test_it_is_told_what_tensorboard_is_told(stand_in, tmp_path):
-    wandb = WeightsAndBiases("law", tmp_path, {"Run.seed": 0})
-    writer = MetricsWriter(tmp_path, 0, begins=True, wandb=wandb)
+    wandb = WeightsAndBiases("law", Growing(tmp_path), {"Run.seed": 0})
+    writer = MetricsWriter(Growing(tmp_path), 0, begins=True, wandb=wandb)
     writer.log(1, {"loss": 2.0, "mfu": None, "corpus_loss": {"cases": 3.0}})
     writer.evaluated(1, {"cases": {"loss": 4.0}})
     writer.close()
@@ -60,8 +61,8 @@ def test_it_is_told_what_tensorboard_is_told(stand_in, tmp_path):
 
 def test_a_run_that_goes_on_goes_on_there(stand_in, tmp_path):
     for _ in range(2):
-        WeightsAndBiases("law", tmp_path / "a", {}).close()
-    WeightsAndBiases("law", tmp_path / "b", {}).close()
+        WeightsAndBiases("law", Growing(tmp_path / "a"), {}).close()
+    WeightsAndBiases("law", Growing(tmp_path / "b"), {}).close()
     first, again, other = (begun["id"] for begun in stand_in.begun)
     assert first == again == json.loads((tmp_path / "a" / "wandb.json").read_text())["id"]
     assert other != first
@@ -73,14 +74,14 @@ def test_without_wandb_there_is_a_sentence(monkeypatch, tmp_path):
     with pytest.raises(
         UserError, match=r"Run.wandb_project = 'law': .*not installed; pip install 't5x_domain\[wandb\]'"
     ):
-        WeightsAndBiases("law", tmp_path, {})
+        WeightsAndBiases("law", Growing(tmp_path), {})
     assert not list(tmp_path.iterdir())
 
 
 def test_what_wandb_refuses_is_handed_on(stand_in, tmp_path):
     stand_in.refusal = "No API key\nconfigured."
     with pytest.raises(UserError, match=r"'law': No API key configured. Log in with `wandb login`, set WANDB_MODE=off"):
-        WeightsAndBiases("law", tmp_path, {})
+        WeightsAndBiases("law", Growing(tmp_path), {})
 
 
 def test_offline_with_wandb_itself(tmp_path):
@@ -88,8 +89,9 @@ def test_offline_with_wandb_itself(tmp_path):
     pytest.importorskip("wandb")
     program = """
 import pathlib, sys
+from t5x_domain.files import Growing
 from t5x_domain.training.weights_and_biases import WeightsAndBiases
-wandb = WeightsAndBiases("law", pathlib.Path(sys.argv[1]), {"Run.seed": 0})
+wandb = WeightsAndBiases("law", Growing(pathlib.Path(sys.argv[1])), {"Run.seed": 0})
 wandb.log(1, {"train/loss": 2.0})
 wandb.close()
 """
