@@ -60,7 +60,7 @@ def train(run: Run) -> int:
         state, start = starting_state(run, blueprint, transform, checkpoints)
         writer = MetricsWriter(run_dir, start, begins=begins) if is_first() else Silent()
         progress = Progress(start, run.total_steps) if is_first() else Silent()
-        preemption = PreemptionNotice(start)
+        preemption = PreemptionNotice()
         stragglers = Stragglers(run_dir, start, progress.say)
         for each in (writer, progress, preemption, stragglers):
             closing.enter_context(contextlib.closing(each))
@@ -87,7 +87,7 @@ def train(run: Run) -> int:
             if len(run.phases) > 1 and (step - 1 in feed.batches.starts or step == start + 1):
                 progress.say(f"step {step:,}: {feed.batches.names[feed.batches.phase_of(step - 1)]}")
             state, metrics = train_step(state, feed.put(batch))
-            last, stop = step == run.total_steps, preemption.stops_after(step)
+            last, stop = step == run.total_steps, preemption.given
             with stragglers.waiting_for_device():
                 guard.watch(step, metrics)
             meter.count(step, batch, raw_tokens)
