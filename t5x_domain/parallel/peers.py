@@ -151,7 +151,7 @@ def on_abort(explain: Callable[[], None]) -> None:
     """From now on calls `explain` before the process aborts, which it does if that returns.
 
     JAX's answer to a lost service is abort(), on a thread of its own. Python's signal module could not say a word
-    before the process is gone, since its handlers wait for the main thread, and this process needs another exit status.
+    before the process is gone, since its handlers wait for the main thread, and another exit status is needed.
     """
     handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda _: explain())
     _HANDLERS.append(handler)

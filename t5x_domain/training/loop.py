@@ -80,7 +80,7 @@ def _train(run: Run, ledger: Ledger) -> int:
         ledger.open(records, start, run.total_steps)
         writer = MetricsWriter(records, start, begins=begins, wandb=wandb) if is_first() else Silent()
         progress = Progress(start, run.total_steps) if is_first() else Silent()
-        preemption = PreemptionNotice(start)
+        preemption = PreemptionNotice()
         stragglers = Stragglers(records, start, progress.say)
         step_clock = StepClock(ledger)
         profiler = Profiler(records.local / "profile", run.profile_steps, step_clock, progress.say)
@@ -113,7 +113,7 @@ def _train(run: Run, ledger: Ledger) -> int:
             with profiler.update(step):
                 state, metrics = train_step(state, feed.put(batch))
                 step_clock.dispatched(metrics)
-            last, stop = step == run.total_steps, preemption.stops_after(step)
+            last, stop = step == run.total_steps, preemption.given
             with stragglers.waiting_for_device():
                 guard.watch(step, metrics)
             meter.count(step, batch, raw_tokens)

@@ -16,19 +16,21 @@ class PreemptionNotice:
     a step that none of them has done yet.
     """
 
-    def __init__(self, start: int) -> None:
-        """Listens from now on, before step `start` + 1; signals can only be caught in the main thread."""
-        self._start, self._given, self._before = start, False, None
+    def __init__(self) -> None:
+        """Listens from now on; signals can only be caught in the main thread."""
+        self._received, self._asked, self._before = False, 0, None
         if peers() is None and threading.current_thread() is threading.main_thread():
             self._before = signal.signal(signal.SIGTERM, self._receive)
 
-    def stops_after(self, step: int) -> bool:
-        """Whether to save `step` and stop; to be asked after every step, in all processes."""
-        # Counted from the start: of a process that was told before its first step JAX takes the count to be 0.
-        return self._given or reached_preemption_sync_point(step - self._start)
+    @property
+    def given(self) -> bool:
+        """Whether to stop after this step; to be asked once in every step, in all processes."""
+        # Not the run's steps: where one is told before its first, JAX takes it to be about to ask for number 1.
+        self._asked += 1
+        return self._received or reached_preemption_sync_point(self._asked)
 
     def _receive(self, *_: Any) -> None:
-        self._given = True
+        self._received = True
 
     def close(self) -> None:
         """Stops listening."""

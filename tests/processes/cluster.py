@@ -10,7 +10,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).parents[2]
 WORKER = Path(__file__).parent / "worker.py"
 DEVICES = 4  # in all, however many processes there are
-HEARTBEAT_SECONDS = 4
+HEARTBEAT_SECONDS = 6
 LIMIT_SECONDS = 150  # of a scenario: nothing hangs
 
 

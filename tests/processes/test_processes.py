@@ -1,6 +1,7 @@
 """Several processes train one model: the same batches, the same losses; stopped, killed, and started again."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -147,7 +148,7 @@ def test_a_lost_process_ends_the_others(disturbed):
     ended = disturbed[1]
     (status, _, err), (killed, _, _) = ended.results
     assert (status, killed) == (75, -signal.SIGKILL), err
-    assert "process 0: process 1 was lost: nothing was heard of it for 4 s" in err
+    assert f"process 0: process 1 was lost: nothing was heard of it for {HEARTBEAT_SECONDS} s" in err
     assert ended.seconds < 1.1 * HEARTBEAT_SECONDS + 2 + SLACK
 
 
@@ -198,9 +199,11 @@ def test_the_losses_are_those_of_one_process(workspace, alone, disturbed):
 
 def test_the_slow_process_is_named_with_the_cause(workspace, disturbed):
     """Process 1 of the first scene waits 0.2 s for every batch."""
-    said = [line for line in disturbed[0].results[0][1].splitlines() if "keeps the others waiting" in line]
-    assert said
-    assert all("process 1 on " in line and "waiting for data (0.2" in line for line in said), said
+    out = disturbed[0].results[0][1]
+    said = re.search(
+        r"process 1 on \S+ keeps the others waiting: .* a step .*, waiting for data \(([\d.]+) s against", out
+    )
+    assert said and float(said[1]) >= 0.2, out
     hosts = lines(workspace / "disturbed", "hosts.jsonl")[0]["hosts"]
     assert [host["host"].split(" on ")[0] for host in hosts] == [f"process {index}" for index in range(4)]
     for host in hosts:  # all wait for the slow one
