@@ -61,8 +61,10 @@ class MeshShape:
 def _hybrid(sizes: list[int], devices: list[jax.Device]) -> np.ndarray:
     """Devices with whole slices along the first axis. Raises UserError if there are not as many."""
     # Nodes of GPUs that JAX does not tell apart as slices are told by their processes.
-    process_is_slice = len({getattr(device, "slice_index", 0) for device in devices}) == 1
-    slices = len({device.process_index if process_is_slice else device.slice_index for device in devices})
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    process_is_slice = devices[0].platform == "gpu" and slices == 1
+    if process_is_slice:
+        slices = len({device.process_index for device in devices})
     if slices != sizes[0]:
         raise UserError(f"MeshShape.slice = {sizes[0]}, but the devices are in {slices} slices; set it to that.")
     inner, outer = (1, *sizes[1:]), (sizes[0], *[1] * (len(sizes) - 1))

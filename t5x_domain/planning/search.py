@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from t5x_domain.errors import UserError
 from t5x_domain.models.config import ModelConfig
 from t5x_domain.parallel.mesh import MeshShape
+from t5x_domain.planning.elsewhere import CompilerFailure
 from t5x_domain.planning.plan import Case, Plan
 
 
@@ -67,7 +68,7 @@ def search(
     most: int,
     tell: Callable[[str], None],
 ) -> list[tuple[Choice, Plan]]:
-    """Plans of the choices that fit, by the most tokens a second that arithmetic allows, the best first.
+    """Plans of the choices that fit, by the most tokens a second that arithmetic allows, then by the least memory.
 
     What has no room for its state is not compiled, nor is a mesh with more rows than it had no room for.
 
@@ -76,7 +77,7 @@ def search(
       choices: in the order in which they are tried, see `meshes`.
       compile_one: gives the plan of a case.
       needs: bytes of a device on a mesh without activations, see `memory.least`.
-      limit: bytes of a device.
+      limit: bytes of a device; infinite if that is not known.
       most: so many compilations at most.
       tell: is told how it goes, a line at a time.
 
@@ -98,7 +99,11 @@ def search(
             tell(f"--search_limit={most} is reached; the rest is not compiled")
             break
         compiled += 1
-        plan = compile_one(case.changed(*choice.bindings))
+        try:
+            plan = compile_one(case.changed(*choice.bindings))
+        except CompilerFailure as error:
+            tell(f"{choice}: {error}")
+            continue
         tell(f"{choice}: {'fits' if plan.fits else 'does not fit'} ({plan.compile_seconds:.0f} s to compile)")
         if plan.fits:
             found.append((choice, plan))
@@ -106,7 +111,7 @@ def search(
             too_large[key] = choice.batch_size
     if not found:
         raise UserError("--search: nothing fits; take more devices, smaller --batch_sizes or --remats=full.")
-    return sorted(found, key=lambda pair: -pair[1].tokens_per_second)
+    return sorted(found, key=lambda pair: (-pair[1].tokens_per_second, pair[1].memory.peak))
 
 
 def _divisors(number: int) -> list[int]:

@@ -5,6 +5,7 @@ import functools
 import importlib.util
 import math
 import re
+from typing import NamedTuple
 
 import jax
 from jax.experimental import topologies
@@ -13,7 +14,24 @@ from t5x_domain.errors import UserError
 from t5x_domain.parallel.chips import CHIPS, Chip
 
 _TPUS = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2, "tpu7x": 3}  # axes of their torus
-_GPUS = ("a100", "h100", "h200")
+
+
+class _Gpu(NamedTuple):
+    """By NVIDIA's CUDA programming guide, "Technical specifications per compute capability", and its white papers."""
+
+    major: int
+    multiprocessors: int
+    lanes: int
+    shared_kib: int
+    l2_mib: int
+    gigahertz: float
+
+
+_GPUS = {
+    "a100": _Gpu(8, 108, 64, 164, 40, 1.41),
+    "h100": _Gpu(9, 132, 128, 228, 50, 1.98),
+    "h200": _Gpu(9, 132, 128, 228, 50, 1.98),
+}
 _NAMES = f"{', '.join(name + ':' + 'x'.join('4' * axes) for name, axes in _TPUS.items())}, h200:8, h200:8x2 or cpu:8"
 # Of one program for both cores of a chip.
 _MEGACORE = {"v4": {"chip_config_name": "megacore"}, "v5p": {"chip_config_name": "megacore"}}
@@ -135,21 +153,18 @@ class Topology:
 
 
 def _gpu_description(chip: Chip) -> str:
-    """What XLA asks a GPU when there is one, as text of its `GpuTargetConfigProto`: NVIDIA's CUDA programming guide,
-    "Technical specifications per compute capability", and data sheets for the number of multiprocessors."""
-    capability, cores, shared, l2 = {"a100": ((8, 0), 108, 164, 40), "h100": ((9, 0), 132, 228, 50)}.get(
-        chip.name, ((9, 0), 132, 228, 50)
-    )
+    """What XLA would ask a GPU for, as text of its `GpuTargetConfigProto`."""
+    gpu = _GPUS[chip.name]
     return f"""
     gpu_device_info {{
       threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
       block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-      shared_memory_per_block: 49152 shared_memory_per_block_optin: {(shared - 1) * 1024}
-      shared_memory_per_core: {shared * 1024} registers_per_core_limit: 65536 registers_per_block_limit: 65536
-      core_count: {cores} fpus_per_core: {128 if capability[0] == 9 else 64} clock_rate_ghz: 1.8
-      l2_cache_size: {l2 * 2**20} memory_bandwidth: {int(chip.hbm_bytes_per_second)}
+      shared_memory_per_block: 49152 shared_memory_per_block_optin: {(gpu.shared_kib - 1) * 2**10}
+      shared_memory_per_core: {gpu.shared_kib * 2**10} registers_per_core_limit: 65536 registers_per_block_limit: 65536
+      core_count: {gpu.multiprocessors} fpus_per_core: {gpu.lanes} clock_rate_ghz: {gpu.gigahertz}
+      l2_cache_size: {gpu.l2_mib * 2**20} memory_bandwidth: {int(chip.hbm_bytes_per_second)}
       device_memory_size: {chip.hbm_bytes}
-      cuda_compute_capability {{ major: {capability[0]} minor: {capability[1]} }}
+      cuda_compute_capability {{ major: {gpu.major} minor: 0 }}
     }}
     platform_name: "CUDA"
     dnn_version_info {{ major: 9 minor: 12 patch: 0 }}

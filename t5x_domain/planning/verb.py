@@ -3,6 +3,7 @@
 import argparse
 import functools
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,10 +48,8 @@ def run(flags: argparse.Namespace, bindings: Sequence[str]) -> int:
 
 def _search(case: Case, topology: Topology, flags: argparse.Namespace) -> int:
     planned = load(case.files, case.bindings, case.search_paths)
-    if flags.decode or topology.chip is None:
-        raise UserError(
-            "--search: is for train steps on TPUs and GPUs; leave --decode out, and take such a --topology."
-        )
+    if flags.decode:
+        raise UserError("--search: is for train steps; leave --decode out.")
 
     @functools.cache
     def needs(mesh: MeshShape) -> float:
@@ -65,9 +64,15 @@ def _search(case: Case, topology: Topology, flags: argparse.Namespace) -> int:
         for batch_size in rows
         if batch_size % (mesh.slice * mesh.data * mesh.fsdp * planned.accumulation_steps) == 0
     ]
+    if not choices:
+        raise UserError(
+            f"--search: no mesh of {topology.num_devices:,} devices divides {', '.join(map(str, rows))} rows; "
+            "give others with --batch_sizes."
+        )
     compile_one = functools.partial(plan_elsewhere, timeout=flags.compile_timeout)
+    limit = math.inf if topology.chip is None else topology.chip.hbm_bytes
     ranked = search(
-        case, choices, compile_one, needs, topology.chip.hbm_bytes,
+        case, choices, compile_one, needs, limit,
         most=flags.search_limit, tell=lambda line: print(line, flush=True),
     )  # fmt: skip
     _tell(["", *report.search_lines(ranked, flags.price)])

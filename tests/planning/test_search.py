@@ -6,6 +6,7 @@ import pytest
 
 from t5x_domain.errors import UserError
 from t5x_domain.parallel.mesh import MeshShape
+from t5x_domain.planning.elsewhere import CompilerFailure
 from t5x_domain.planning.plan import Case
 from t5x_domain.planning.search import Choice, meshes, search
 from tests.planning.made_up import memory, plan
@@ -76,6 +77,20 @@ def test_a_limit_of_compilations(run):
     _, compiled, told = run([choice(2), choice(4), choice(8)], most=2)
     assert compiled == [choice(2), choice(4)]
     assert "--search_limit=2" in told[-1]
+
+
+def test_a_compiler_that_crashes_is_told_and_passed_over():
+    told = []
+
+    def compile_one(case):
+        if "MeshShape.data = 2" in case.bindings:
+            raise CompilerFailure("was ended by SIGKILL")
+        return plan()
+
+    options = {"needs": lambda mesh: 1, "limit": 16.0, "most": 9, "tell": told.append}
+    ranked = search(CASE, [choice(2), choice(4)], compile_one, **options)
+    assert [found for found, _ in ranked] == [choice(4)]
+    assert "was ended by SIGKILL" in told[0]
 
 
 def test_nothing_that_fits_is_an_error_with_its_mend(run):
