@@ -12,6 +12,7 @@ A cache is written into a hidden sibling folder and renamed when it is complete:
 """
 
 import bisect
+import collections
 import contextlib
 import functools
 import hashlib
@@ -29,6 +30,7 @@ from typing import NamedTuple
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
+from t5x_domain.data.offsets import Offsets, ShardLengths
 from t5x_domain.errors import UserError
 
 FORMAT_VERSION = 1
@@ -37,6 +39,8 @@ _COUNT = struct.Struct("<I")
 _WRITER_OPTIONS = "group_size:32"
 # Reads are short ranges; reading ahead would decode documents that nobody asked for.
 _READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
+# Shards of a split that are open at once: each takes a file descriptor, of which a process often has 1,024.
+_MOST_READERS = 128
 
 
 class Record(NamedTuple):
@@ -208,17 +212,25 @@ class CachedSplit:
         self._shards = entry["shards"]
         self._first_documents = [0, *itertools.accumulate(shard["documents"] for shard in self._shards)]
         self._dtype = np.dtype(manifest["token_dtype"])
-        self._readers: dict[int, ArrayRecordReader] = {}
+        self._readers: collections.OrderedDict[int, ArrayRecordReader] = collections.OrderedDict()
         self._lock = threading.Lock()
 
     def __reduce__(self):  # noqa: ANN204
         return CachedSplit, self._arguments
 
     @functools.cached_property
-    def offsets(self) -> np.ndarray:
+    def offsets(self) -> Offsets:
         """int64 [num_documents + 1]: tokens before each document in stored order; EOS is not stored nor counted."""
-        lengths = [np.load(self._folder / shard["lengths_file"]) for shard in self._shards]
-        return np.concatenate([np.zeros(1, np.int64), np.cumsum(np.concatenate(lengths), dtype=np.int64)])
+        return Offsets(
+            [
+                ShardLengths(
+                    shard["documents"],
+                    shard["tokens"],
+                    functools.partial(np.load, self._folder / shard["lengths_file"], mmap_mode="r"),
+                )
+                for shard in self._shards
+            ]
+        )
 
     @property
     def metadata_fields(self) -> set[str]:
@@ -239,11 +251,9 @@ class CachedSplit:
 
     def documents(self, start: int, stop: int) -> list[np.ndarray]:
         """Tokens of documents [start, stop), each int32 [n]. Raises IndexError outside the split."""
-        records = self._records(start, stop)
-        lengths = (self.offsets[start + 1 : stop + 1] - self.offsets[start:stop]).tolist()
         return [
-            np.frombuffer(record, self._dtype, length, _COUNT.size).astype(np.int32)
-            for record, length in zip(records, lengths, strict=True)
+            np.frombuffer(record, self._dtype, _COUNT.unpack_from(record)[0], _COUNT.size).astype(np.int32)
+            for record in self._records(start, stop)
         ]
 
     def metadata(self, start: int, stop: int) -> list[dict]:
@@ -265,12 +275,14 @@ class CachedSplit:
         return records
 
     def _reader(self, shard: int) -> ArrayRecordReader:
-        reader = self._readers.get(shard)
-        if reader is None:
-            with self._lock:
+        with self._lock:
+            if shard not in self._readers:
                 path = str(self._folder / self._shards[shard]["file"])
-                reader = self._readers.setdefault(shard, ArrayRecordReader(path, _READER_OPTIONS))
-        return reader
+                self._readers[shard] = ArrayRecordReader(path, _READER_OPTIONS)
+            self._readers.move_to_end(shard)
+            if len(self._readers) > _MOST_READERS:
+                self._readers.popitem(last=False)  # closes when the last thread that reads it is done
+            return self._readers[shard]
 
 
 def _read_manifest(folder: Path) -> dict:

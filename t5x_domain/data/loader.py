@@ -47,7 +47,10 @@ class PackingStats:
 
 
 @gin.configurable(
-    denylist=["splits", "mixture", "vocabulary", "host", "num_hosts", "epochs", "component_names", "subset", "room_for"]
+    denylist=[
+        *("splits", "mixture", "vocabulary", "host", "num_hosts", "epochs", "component_names", "subset", "room_for"),
+        "lane",
+    ]
 )
 class Batches:
     """This host's rows of every global batch, by step.
@@ -72,6 +75,7 @@ class Batches:
         is a random one.
       room_for: rows keep room for the metadata and mode token of this component, whatever stands there, so that the
         same text can be scored under several conditions.
+      lane: (number, lanes) of the part of every corpus that is read, see data/lanes.py; None reads all of it.
 
     Raises:
       UserError: settings that do not go together, or an objective that overruns lengths or vocabulary.
@@ -97,6 +101,7 @@ class Batches:
         component_names: Sequence[str] | None = None,
         subset: Mapping[str, float] | None = None,
         room_for: Component | None = None,
+        lane: tuple[int, int] | None = None,
     ):
         _check_rows(batch_size, num_hosts, rows_per_window, fill, seed)
         if epochs is not None and len(mixture.components) > 1:
@@ -114,7 +119,9 @@ class Batches:
             layout.check_side(component.objective)
         if epochs is None:  # A component that is scored by itself may be causal.
             self._check_inputs(mixture)
-        lines = _lines(splits, mixture, subset or {}, vocabulary.eos_id if separator else None)
+        self._used = _used(splits, mixture, subset or {})
+        eos = vocabulary.eos_id if separator else None
+        lines = {split.corpus: _line(split, documents, eos, lane) for split, documents in self._used}
         names = list(component_names or (component.name for component in mixture.components))
         self._makers = [
             ExampleMaker(
@@ -132,6 +139,7 @@ class Batches:
                 fill=fill,
                 seed=seed,
                 epochs=epochs,
+                lane=lane,
             )
         else:
             self._sampler = ConcatAndSplit(
@@ -140,6 +148,7 @@ class Batches:
                 rates,
                 seed,
                 [(*maker.key, maker.raw_length) for maker in self._makers],
+                first_row=lane[0] * batch_size if lane else 0,
             )
         self._num_rows = None if epochs is None else self._sampler.num_rows(epochs, [0])
 
@@ -167,12 +176,11 @@ class Batches:
 
     @property
     def subsets(self) -> list[tuple[str, int, int]]:
-        """(corpus, documents, tokens) of the corpora of which only a part is used."""
-        lines = {maker.component.corpus.name: maker.line for maker in self._makers}
+        """(corpus, documents, tokens) of the corpora of which only a part is used, over all lanes."""
         return [
-            (corpus, line.num_documents, line.num_tokens)
-            for corpus, line in lines.items()
-            if line.num_documents < len(line.split.offsets) - 1
+            (split.corpus, documents, split.offsets[documents])
+            for split, documents in self._used
+            if documents < split.num_documents
         ]
 
     def begin_at(self, starts: Mapping[tuple[int, ...], int]) -> None:
@@ -251,22 +259,36 @@ class Batches:
         return self._sampler.rows(start, end) + [[] for _ in range(stop - end)]
 
 
-def _lines(
-    splits: Sequence[CachedSplit], mixture: Mixture, subset: Mapping[str, float], separator: int | None
-) -> dict[str, TokenLine]:
-    """The line of every corpus of the mixture."""
+def _used(
+    splits: Sequence[CachedSplit], mixture: Mixture, subset: Mapping[str, float]
+) -> list[tuple[CachedSplit, int]]:
+    """The split of every corpus of the mixture, and how many of its documents are used."""
     by_name = {split.corpus: split for split in splits}
-    lines = {}
+    used = []
     for corpus in (corpus.name for corpus in mixture.corpora):
         if corpus not in by_name:
             raise UserError(f"corpus {corpus} has no cached split here, only {', '.join(by_name)}.")
-        lines[corpus] = TokenLine(by_name[corpus], _num_documents(by_name[corpus], subset.get(corpus)), separator)
-    return lines
+        used.append((by_name[corpus], _num_documents(by_name[corpus], subset.get(corpus))))
+    return used
+
+
+def _line(split: CachedSplit, documents: int, separator: int | None, lane: tuple[int, int] | None) -> TokenLine:
+    """The line of the first `documents` of a split, or of a lane's part of them."""
+    if lane is None:
+        return TokenLine(split, range(documents), separator)
+    tokens, (number, lanes) = split.offsets[documents], lane
+    start, stop = (split.offsets.searchsorted(border * tokens // lanes) for border in (number, number + 1))
+    if start == stop:
+        raise UserError(
+            f"Run.lanes = {lanes} is too many for the {documents} documents of corpus {split.corpus}, split "
+            f"{split.split}; set fewer."
+        )
+    return TokenLine(split, range(start, stop), separator, in_lane=True)
 
 
 def _num_documents(split: CachedSplit, wanted: float | None) -> int:
     """How many documents of a split a subset holds."""
-    documents = len(split.offsets) - 1
+    documents = split.num_documents
     if wanted is None:
         return documents
     number = round(wanted * documents) if isinstance(wanted, float) else wanted

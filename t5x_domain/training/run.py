@@ -65,6 +65,8 @@ class Run:
       retention: which checkpoints stay.
       max_skipped_in_a_row: non-finite updates in a row that end the run.
       data_workers: processes that make batches; 0 for threads.
+      lanes: rows of a batch that read a part of the corpus of their own, so that a host reads only its shards, see
+        data/lanes.py: a multiple of the hosts, and a divisor of the batch; None lets every row come from anywhere.
     """
 
     run_dir: str
@@ -97,6 +99,7 @@ class Run:
     retention: Retention = Retention()
     max_skipped_in_a_row: int = 10
     data_workers: int = 0
+    lanes: int | None = None
 
     def __post_init__(self) -> None:
         """Raises UserError for values that no run can have."""
@@ -134,6 +137,7 @@ class Run:
             "Run.lengths": dict(self.lengths),
             "Run.packing": self.packing,
             "Run.batch_size": self.batch_size,
+            "Run.lanes": self.lanes,
             "Run.seed": self.seed,
             **{f"Run.{key}": getattr(self, key) for key in _INIT},
             "Updates.optimizer": repr(self.updates.optimizer),
