@@ -1,4 +1,5 @@
 import json
+import os
 import pickle
 import shutil
 import threading
@@ -173,21 +174,50 @@ def test_unknown_split(tmp_path):
         write(tmp_path).split("test")
 
 
-def test_failed_writing_leaves_the_old_cache(tmp_path):
+@pytest.mark.parametrize("error", [UserError, RuntimeError])
+def test_failed_writing_leaves_the_old_cache(tmp_path, error):
+    """An error of the user's leaves nothing else; after any other the next writer finds what was done."""
     before = write(tmp_path).split("train").metadata(0, 3)
-    with pytest.raises(RuntimeError), cache.writing(tmp_path, "law") as folder:
-        (folder / "train-00000-of-00001.arrayrecord").write_bytes(b"half")
-        raise RuntimeError
-    assert [path.name for path in tmp_path.iterdir()] == ["law"]
+    with pytest.raises(error), cache.writing(tmp_path, "law", {"shards": 1}) as folder:
+        (folder / "done").write_bytes(b"half")
+        raise error
     assert TokenCache.open(tmp_path, "law").split("train").metadata(0, 3) == before
+    if error is UserError:
+        assert [path.name for path in tmp_path.iterdir()] == ["law"]
+    with pytest.raises(UserError), cache.writing(tmp_path, "law", {"shards": 1}) as folder:
+        assert (folder / "done").exists() == (error is RuntimeError)
+        raise UserError
 
 
-def test_leftovers_are_never_read_and_cleaned(tmp_path):
-    leftover = tmp_path / ".law.partial-1"
-    write(tmp_path).folder.rename(leftover)
+def test_leftovers_of_another_plan_are_removed(tmp_path, capsys):
+    with pytest.raises(RuntimeError), cache.writing(tmp_path, "law", {"shards": 1, "source": "a"}) as folder:
+        (folder / "done").write_bytes(b"half")
+        raise RuntimeError
     refuses(tmp_path, "was interrupted while it was written")
+    with cache.writing(tmp_path, "law", {"shards": 1, "source": "b"}) as folder:
+        assert {path.name for path in folder.iterdir()} == {"work", ".plan.json", ".lock"}
+        assert "law.partial: was begun with another source; starts afresh" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["law"] and not list((tmp_path / "law").iterdir())
+
+
+def test_one_writer_at_a_time(tmp_path):
+    with cache.writing(tmp_path, "law"):
+        with pytest.raises(UserError, match=rf"law.partial: process {os.getpid()} on .* is writing this token cache"):
+            write(tmp_path)
+        with cache.writing(tmp_path, "medicine"):
+            pass
     write(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["law"]
+
+
+def test_a_file_is_whole_or_not_there(tmp_path):
+    with pytest.raises(RuntimeError), cache.whole_file(tmp_path / "a") as path:
+        path.write_text("half")
+        raise RuntimeError
+    assert not list(tmp_path.iterdir())
+    with cache.whole_file(tmp_path / "a") as one, cache.whole_file(tmp_path / "a") as two:
+        one.write_text("same")
+        two.write_text("same")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a", "same")]
 
 
 @settings(max_examples=20, deadline=None)
