@@ -54,7 +54,7 @@ def test_is_the_array_that_it_stands_for(data):
 
 @pytest.mark.parametrize("separator", [0, 1])
 def test_beyond_the_coarse_index(separator):
-    """Shards of several times 1,024 documents, whose every 1,024th offset is kept."""
+    """Shards of several times 256 documents, whose every 256th offset is kept."""
     ours, _ = sharded(LENGTHS, [1024, 1025, 3500])
     ours = ours.with_separators() if separator else ours
     expected = plain(LENGTHS, separator)
