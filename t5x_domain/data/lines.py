@@ -7,6 +7,7 @@ from typing import BinaryIO
 
 import zstandard
 
+from t5x_domain import files
 from t5x_domain.errors import UserError
 
 _BLOCK_BYTES = 1 << 20
@@ -20,7 +21,7 @@ def read_lines(path: str) -> Iterator[bytes]:
     """
     number = 0
     try:
-        with open(path, "rb") as file:
+        with files.path(path).open("rb") as file:
             for number, line in enumerate(_split_lines(_blocks(path, file)), 1):  # noqa: B007
                 yield line
     except EOFError as error:

@@ -10,15 +10,18 @@ large corpora want many shards.
 import collections
 import dataclasses
 import json
+import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import tqdm
+from etils import epath
 
-from t5x_domain.data import cache
+from t5x_domain import files
+from t5x_domain.data.cache import MANIFEST, token_dtype
+from t5x_domain.data.cache_writer import Record, encode_record, work_folder, write_manifest, write_shard, writing
 from t5x_domain.data.sources import BadRecord, Document, no_documents
 from t5x_domain.data.spill import read_spill, skipped_in, write_spill
 from t5x_domain.data.tasks import Corpus
@@ -45,11 +48,12 @@ class Task(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class CacheWriter:
-    """What both engines do. Pickles, so that Beam can send it to its workers; all of them must see `folder`."""
+    """What both engines do. Pickles, so that Beam can send it to its workers; all of them must see both folders."""
 
     corpus: Corpus
     vocabulary: Vocabulary | ByteVocabulary
-    folder: Path
+    folder: epath.Path
+    work: epath.Path  # for what is thrown away in the end
     num_shards: int
     tasks: Sequence[Task]
 
@@ -60,8 +64,9 @@ class CacheWriter:
 
     def waiting(self) -> tuple[list[Task], list[tuple[str, int]]]:
         """Tasks and shards that are still to be done."""
-        tasks = [task for task in self.tasks if not self._spill_path(task).exists()]
-        return tasks, [shard for shard in self.shards if not self._entry_path(*shard).exists()]
+        done = {path.name for path in self.work.iterdir()} if self.work.exists() else ()
+        tasks = [task for task in self.tasks if self._spill_path(task).name not in done]
+        return tasks, [shard for shard in self.shards if self._entry_path(*shard).name not in done]
 
     def spill(self, task: Task) -> None:
         """Reads and tokenises the documents of a task.
@@ -71,7 +76,7 @@ class CacheWriter:
         """
         write_spill(self._spill_path(task), self.num_shards, self._records(task))
 
-    def _records(self, task: Task) -> Iterator[cache.Record | BadRecord]:
+    def _records(self, task: Task) -> Iterator[Record | BadRecord]:
         documents = self.corpus.source.read(task.split, task.part_number, task.part)
         for number, document in enumerate(documents):
             if number % task.turns != task.turn:
@@ -81,30 +86,29 @@ class CacheWriter:
                 self.corpus.source.check_skippable(record)
             yield record
 
-    def _record(self, split: str, document: Document) -> cache.Record | BadRecord:
+    def _record(self, split: str, document: Document) -> Record | BadRecord:
         tokens = self.vocabulary.encode(document.text)
         if not len(tokens):
             return BadRecord("the text is empty or blank, it has no tokens", document.place)
         if tokens.max() >= self.vocabulary.vocab_size - self.vocabulary.num_sentinels:
             # In training it could not be told from a sentinel that the objective put in.
             return BadRecord("the text contains a sentinel like <extra_id_0>", document.place)
-        return cache.encode_record(
+        return encode_record(
             self.corpus.name,
             split,
             document.position,
             tokens=tokens,
             num_bytes=len(document.text.encode("utf-8")),
             metadata=document.metadata,
-            dtype=cache.token_dtype(self.vocabulary.vocab_size),
+            dtype=token_dtype(self.vocabulary.vocab_size),
         )
 
     def write(self, split: str, shard: int) -> None:
         """Writes one shard from the spills, and beside it what the manifest is to say of it."""
         spills = [self._spill_path(task) for task in self.tasks if task.split == split]
         records = (record for spill in spills for record in read_spill(spill, shard))
-        entry = cache.write_shard(self.folder, split, shard, self.num_shards, records)
-        with cache.whole_file(self._entry_path(split, shard)) as path:
-            path.write_text(json.dumps(entry))
+        entry = write_shard(self.folder, split, shard, self.num_shards, records)
+        files.write_atomically(self._entry_path(split, shard), json.dumps(entry).encode())
 
     def finish(self) -> None:
         """Collects the shards' entries and writes the manifest. Raises UserError if a split has no document."""
@@ -113,11 +117,11 @@ class CacheWriter:
             "corpus": self.corpus.name,
             "version": self.corpus.version,
             "vocabulary": {**self.vocabulary.description, "fingerprint": self.vocabulary.fingerprint},
-            "token_dtype": cache.token_dtype(self.vocabulary.vocab_size).str,
+            "token_dtype": token_dtype(self.vocabulary.vocab_size).str,
             "source": self.corpus.source.describe(),
             "splits": splits,
         }
-        cache.write_manifest(self.folder, manifest)
+        write_manifest(self.folder, manifest)
 
     def _split_entry(self, split: str) -> dict:
         shards = [json.loads(self._entry_path(split, shard).read_text()) for shard in range(self.num_shards)]
@@ -131,18 +135,18 @@ class CacheWriter:
         fields = sorted(set().union(*(shard.pop("metadata_fields") for shard in shards)))
         return {**totals, "skipped": dict(sorted(skipped.items())), "metadata_fields": fields, "shards": shards}
 
-    def _spill_path(self, task: Task) -> Path:
+    def _spill_path(self, task: Task) -> epath.Path:
         name = f"{task.split}-{task.part_number:05d}-{task.turn:02d}-of-{task.turns:02d}.spill"
-        return self.folder / cache.WORK / name
+        return self.work / name
 
-    def _entry_path(self, split: str, shard: int) -> Path:
-        return self.folder / cache.WORK / f"{split}-{shard:05d}.json"
+    def _entry_path(self, split: str, shard: int) -> epath.Path:
+        return self.work / f"{split}-{shard:05d}.json"
 
 
 def write_cache(
     corpus: Corpus,
     vocabulary: Vocabulary | ByteVocabulary,
-    cache_dir: str | Path,
+    cache_dir: str | os.PathLike,
     *,
     num_shards: int,
     beam_flags: Sequence[str] | None = None,
@@ -154,7 +158,7 @@ def write_cache(
     Args:
       corpus: what to read.
       vocabulary: how to tokenise.
-      cache_dir: a local or shared folder: all Beam workers must see it under this path.
+      cache_dir: a folder of this machine, a shared one or a bucket's; all Beam workers must see it under this path.
       num_shards: shards of each split.
       beam_flags: None reads in this process, otherwise the command-line flags of a Beam pipeline.
 
@@ -168,10 +172,13 @@ def write_cache(
         "source": corpus.source.describe(),
         "shards": num_shards,
     }
-    with cache.writing(cache_dir, corpus.name, plan) as folder:
-        if (folder / cache.MANIFEST).exists():
+    with writing(cache_dir, corpus.name, plan) as folder:
+        if (folder / MANIFEST).exists():
             return  # interrupted when all was done
-        writer = CacheWriter(corpus, vocabulary, folder.resolve(), num_shards, _tasks(corpus))
+        work = work_folder(folder, plan)
+        writer = CacheWriter(
+            corpus, vocabulary, _seen_anywhere(folder), _seen_anywhere(work), num_shards, _tasks(corpus)
+        )
         tasks, shards = writer.waiting()
         if len(tasks) < len(writer.tasks):
             print(
@@ -184,6 +191,11 @@ def write_cache(
         else:
             _run_beam(writer, tasks, shards, beam_flags)
         writer.finish()
+
+
+def _seen_anywhere(folder: epath.Path) -> epath.Path:
+    """Not relative to a working directory, since workers have another."""
+    return folder if files.is_remote(folder) else folder.resolve()
 
 
 def _tasks(corpus: Corpus) -> list[Task]:

@@ -3,12 +3,12 @@
 import dataclasses
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import gin
 import numpy as np
 
-from t5x_domain.data.cache import CachedSplit, TokenCache
+from t5x_domain import files
+from t5x_domain.data.cache import MANIFEST, CachedSplit, TokenCache
 from t5x_domain.data.curriculum import Phase
 from t5x_domain.data.pipeline import write_cache
 from t5x_domain.data.tasks import Corpus, Mixture
@@ -138,7 +138,7 @@ def _ensure_vocabulary(
 ) -> None:
     if not isinstance(vocabulary, Vocabulary):
         raise UserError("prepare.vocabulary_size is for SentencePiece vocabularies; set it to None for bytes.")
-    if not Path(vocabulary.model_file).exists():
+    if not files.path(vocabulary.model_file).exists():
         print(f"{vocabulary.model_file}: training {size:,} pieces", file=sys.stderr)
         train_sentencepiece(_texts(corpora, split), vocabulary.model_file, size, special_tokens=special_tokens)
     pieces = vocabulary.vocab_size - vocabulary.extra_ids
@@ -155,7 +155,8 @@ def _texts(corpora: Sequence[Corpus], split: str) -> Iterator[str]:
 
 
 def _is_complete(corpus: Corpus, vocabulary: Vocabulary | ByteVocabulary, cache_dir: str) -> bool:
-    if not Path(cache_dir, corpus.name).exists():
+    folder = files.path(cache_dir) / corpus.name
+    if not (folder / MANIFEST if files.is_remote(folder) else folder).exists():  # see `cache_writer`
         return False
     cache = TokenCache.open(
         cache_dir, corpus.name, vocabulary_fingerprint=vocabulary.fingerprint, version=corpus.version

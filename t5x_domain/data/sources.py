@@ -16,6 +16,7 @@ from typing import Any
 
 import gin
 
+from t5x_domain import files
 from t5x_domain.cli import gin_search_paths
 from t5x_domain.data.lines import read_lines
 from t5x_domain.errors import UserError
@@ -150,7 +151,7 @@ class FileSource(Source):
 
     Attributes:
       files: for each split a file or glob pattern, or a list of them; relative to the working directory, else to the
-        checkout or the installed package.
+        checkout or the installed package; or in a bucket, "gs://bucket/law/*.jsonl.gz".
     """
 
     files: Mapping[str, str | Sequence[str]]
@@ -174,21 +175,27 @@ class FileSource(Source):
         return [path for pattern in patterns for path in resolve_files(pattern)]
 
     def part_size(self, part: str) -> int:
-        return Path(part).stat().st_size
+        return files.path(part).stat().length
 
 
 def resolve_files(pattern: str, setting: str = "the source's `files`") -> list[str]:
-    """Sorted files that match a path or glob pattern, in the first folder of `gin_search_paths` that has any.
+    """Sorted files that match a path or glob pattern, in the first folder of `gin_search_paths` that has any, or in a
+    bucket.
 
     `setting` is where the pattern was given, for messages.
 
     Raises:
       UserError: nothing matches.
     """
+    if files.is_remote(pattern):
+        folder, _, names = pattern.rpartition("/")
+        if found := sorted(str(path) for path in files.path(folder).glob(names)):
+            return found
+        raise UserError(f"{pattern}: no such object; mend {setting} in gin.")
     for root in gin_search_paths():
         paths = [Path(root, match) for match in glob.glob(pattern, root_dir=root, recursive=True)]
-        if files := sorted(str(path) for path in paths if path.is_file()):
-            return files
+        if found := sorted(str(path) for path in paths if path.is_file()):
+            return found
     raise UserError(f"{pattern}: no such file (working directory {Path.cwd()}); mend {setting} in gin.")
 
 
@@ -262,7 +269,7 @@ class ParquetSource(FileSource):
 
         number = 0
         try:
-            with pyarrow.parquet.ParquetFile(part) as table:
+            with files.path(part).open("rb") as file, pyarrow.parquet.ParquetFile(file) as table:
                 rows = (row for batch in table.iter_batches(batch_size=1024) for row in batch.to_pylist())
                 for number, row in enumerate(rows, 1):
                     yield number, f"{part}, row {number}", python_fields(row)

@@ -9,18 +9,20 @@ import collections
 import pickle
 import struct
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any, BinaryIO
 
-from t5x_domain.data.cache import Record, shard_of, whole_file
+from etils import epath
+
+from t5x_domain.data.cache_writer import Record, shard_of
 from t5x_domain.data.sources import BadRecord
+from t5x_domain.data.whole_files import whole_file
 
 # Payload that is held in memory before it is written, in bytes.
 _BUFFER = 64 << 20
 _SIZE = struct.Struct("<Q")
 
 
-def write_spill(path: Path, num_shards: int, records: Iterable[Record | BadRecord]) -> None:
+def write_spill(path: epath.Path, num_shards: int, records: Iterable[Record | BadRecord]) -> None:
     """Writes records as they come; bad ones are counted by reason."""
     stretches: dict[int, list[tuple[int, int]]] = collections.defaultdict(list)
     skipped: collections.Counter[str] = collections.Counter()
@@ -48,18 +50,19 @@ def _flush(file: BinaryIO, waiting: dict[int, list[Record]], stretches: dict[int
     waiting.clear()
 
 
-def read_spill(path: Path, shard: int) -> Iterator[Record]:
+def read_spill(path: epath.Path, shard: int) -> Iterator[Record]:
     """The records of one shard."""
-    with path.open("rb") as file:
+    with path.open("rb") as buffered:
+        file = buffered.raw  # of a bucket reads what is asked for, and no whole buffer
         for offset, size in _index(file)["stretches"].get(shard, ()):
             file.seek(offset)
             yield from pickle.loads(file.read(size))
 
 
-def skipped_in(path: Path) -> dict[str, int]:
+def skipped_in(path: epath.Path) -> dict[str, int]:
     """{reason: how many records were skipped for it}."""
-    with path.open("rb") as file:
-        return _index(file)["skipped"]
+    with path.open("rb") as buffered:
+        return _index(buffered.raw)["skipped"]
 
 
 def _index(file: BinaryIO) -> dict[str, Any]:

@@ -17,8 +17,8 @@ from typing import NamedTuple
 import gin
 import numpy as np
 
+from t5x_domain import files
 from t5x_domain.errors import UserError
-from t5x_domain.files import write_atomically
 
 PAD_ID, EOS_ID, UNK_ID = 0, 1, 2
 _NUM_SPECIAL_IDS = 3
@@ -123,10 +123,10 @@ class Vocabulary(_SentinelIds):
     @functools.cached_property
     def _model_bytes(self) -> bytes:
         try:
-            return Path(self.model_file).read_bytes()
+            return files.path(self.model_file).read_bytes()
         except OSError as error:
             raise UserError(
-                f"{self.model_file}: cannot read the SentencePiece model ({error.strerror}); "
+                f"{self.model_file}: cannot read the SentencePiece model ({error.strerror or error}); "
                 "train one with `python -m t5x_domain.prepare` or set Vocabulary.model_file."
             ) from error
 
@@ -340,7 +340,7 @@ def train_sentencepiece(
         if failures:
             raise failures[0] from None
         raise UserError(_vocabulary_size_message(vocab_size, str(error))) from error
-    write_atomically(Path(model_file), model.getvalue())
+    files.write_atomically(model_file, model.getvalue())
 
 
 def _training_lines(documents: Iterable[str], failures: list[Exception]) -> Iterator[str]:

@@ -1,5 +1,4 @@
 import json
-import os
 import pickle
 import shutil
 import threading
@@ -9,38 +8,11 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordReader
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stored import DOCUMENTS, write
 
-from t5x_domain.data import cache
+from t5x_domain.data import whole_files
 from t5x_domain.data.cache import TokenCache
 from t5x_domain.errors import UserError
-
-DOCUMENTS = [np.random.default_rng(i).integers(3, 60_000, 1 + i % 7, np.int32) for i in range(150)]
-FINGERPRINT = "f" * 64
-
-
-def write(cache_dir, documents=DOCUMENTS, num_shards=4, vocab_size=1 << 16, version=1):
-    dtype = cache.token_dtype(vocab_size)
-    records = [
-        cache.encode_record(
-            "law", "train", (0, i), tokens=tokens, num_bytes=10 + i, metadata={"id": i, "title": "§é"}, dtype=dtype
-        )
-        for i, tokens in enumerate(documents)
-    ]
-    with cache.writing(cache_dir, "law") as folder:
-        shards = []
-        for shard in range(num_shards):
-            mine = [record for record in records if cache.shard_of(record, num_shards) == shard]
-            shards.append(cache.write_shard(folder, "train", shard, num_shards, mine))
-        totals = {count: sum(shard[count] for shard in shards) for count in ("documents", "tokens", "bytes")}
-        manifest = {
-            "corpus": "law",
-            "version": version,
-            "vocabulary": {"kind": "test", "fingerprint": FINGERPRINT},
-            "token_dtype": dtype.str,
-            "splits": {"train": {**totals, "metadata_fields": ["id", "title"], "shards": shards}},
-        }
-        cache.write_manifest(folder, manifest)
-    return TokenCache.open(cache_dir, "law", vocabulary_fingerprint=FINGERPRINT, version=version)
 
 
 @pytest.fixture(scope="module")
@@ -89,24 +61,6 @@ def test_record_layout(tmp_path):
         assert lengths.tolist() == [2] and lengths.dtype == np.uint32
         np.testing.assert_array_equal(opened.split("train").documents(0, 1)[0], [5, 600])
         shutil.rmtree(opened.folder)
-
-
-@given(st.integers(0, 2**64 - 1), st.integers(1, 999))
-def test_shards_are_in_key_order(key, num_shards):
-    """Shard s holds the keys in [s 2^64 / n, (s + 1) 2^64 / n), so that shards joined are sorted by key."""
-    record = cache.Record(key, (0, 0), 1, 1, (), b"")
-    shard = cache.shard_of(record, num_shards)
-    assert shard * 2**64 <= key * num_shards < (shard + 1) * 2**64
-
-
-def test_shards_are_nearly_equal():
-    """A shard's count is binomial(20000, 1/8): 2500, standard deviation 46.8; six of them are 281."""
-    keywords = {"tokens": np.ones(1, np.int32), "num_bytes": 1, "metadata": {}, "dtype": np.dtype("<u2")}
-    records = [cache.encode_record("law", "train", (i % 3, i), **keywords) for i in range(20_000)]
-    counts = np.bincount([cache.shard_of(record, 8) for record in records], minlength=8)
-    assert np.abs(counts - 2500).max() < 281
-    other = cache.encode_record("law", "test", (0, 0), **keywords)
-    assert other.key != records[0].key
 
 
 @pytest.mark.parametrize("num_shards", [1, 3, 7, 400])
@@ -174,52 +128,6 @@ def test_unknown_split(tmp_path):
         write(tmp_path).split("test")
 
 
-@pytest.mark.parametrize("error", [UserError, RuntimeError])
-def test_failed_writing_leaves_the_old_cache(tmp_path, error):
-    """An error of the user's leaves nothing else; after any other the next writer finds what was done."""
-    before = write(tmp_path).split("train").metadata(0, 3)
-    with pytest.raises(error), cache.writing(tmp_path, "law", {"shards": 1}) as folder:
-        (folder / "done").write_bytes(b"half")
-        raise error
-    assert TokenCache.open(tmp_path, "law").split("train").metadata(0, 3) == before
-    if error is UserError:
-        assert [path.name for path in tmp_path.iterdir()] == ["law"]
-    with pytest.raises(UserError), cache.writing(tmp_path, "law", {"shards": 1}) as folder:
-        assert (folder / "done").exists() == (error is RuntimeError)
-        raise UserError
-
-
-def test_leftovers_of_another_plan_are_removed(tmp_path, capsys):
-    with pytest.raises(RuntimeError), cache.writing(tmp_path, "law", {"shards": 1, "source": "a"}) as folder:
-        (folder / "done").write_bytes(b"half")
-        raise RuntimeError
-    refuses(tmp_path, "was interrupted while it was written")
-    with cache.writing(tmp_path, "law", {"shards": 1, "source": "b"}) as folder:
-        assert {path.name for path in folder.iterdir()} == {"work", ".plan.json", ".lock"}
-        assert "law.partial: was begun with another source; starts afresh" in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["law"] and not list((tmp_path / "law").iterdir())
-
-
-def test_one_writer_at_a_time(tmp_path):
-    with cache.writing(tmp_path, "law"):
-        with pytest.raises(UserError, match=rf"law.partial: process {os.getpid()} on .* is writing this token cache"):
-            write(tmp_path)
-        with cache.writing(tmp_path, "medicine"):
-            pass
-    write(tmp_path)
-
-
-def test_a_file_is_whole_or_not_there(tmp_path):
-    with pytest.raises(RuntimeError), cache.whole_file(tmp_path / "a") as path:
-        path.write_text("half")
-        raise RuntimeError
-    assert not list(tmp_path.iterdir())
-    with cache.whole_file(tmp_path / "a") as one, cache.whole_file(tmp_path / "a") as two:
-        one.write_text("same")
-        two.write_text("same")
-    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a", "same")]
-
-
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=20), min_size=1, max_size=12))
 def test_any_tokens_come_back(tmp_path_factory, documents):
@@ -243,7 +151,7 @@ def test_derived_arrays_are_kept_where_that_is_possible(tmp_path, monkeypatch):
         raise OSError(30, "Read-only file system")
 
     with monkeypatch.context() as patched:
-        patched.setattr(cache.os, "replace", refuse)
+        patched.setattr(whole_files.os, "replace", refuse)
         for _ in range(2):
             np.testing.assert_array_equal(split.derived("x", make), [0, 1, 2])
     assert len(made) == 2 and sorted(path.name for path in split._folder.iterdir()) == files

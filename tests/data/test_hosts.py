@@ -54,8 +54,8 @@ def test_hosts_share_out_every_global_batch(packing, lanes):
         if lanes:  # and every host keeps to its part of the corpus, to a document of 2,000 tokens at most
             size = Split().offsets[-1] / len(hosts)
             for number, part in enumerate(parts):
-                assert number * size <= min(piece.start_token for piece in part)
-                assert max(piece.stop_token for piece in part) < (number + 1) * size + 2000
+                low, high = number * size, (number + 1) * size + 2000
+                assert all(low <= piece.start_token and piece.stop_token < high for piece in part)
     starts, stops = np.array(sorted((piece.start_token, piece.stop_token) for piece in seen)).T
     assert (stops[:-1] <= starts[1:]).all()
     if packing == "concat_and_split" and not lanes:

@@ -5,7 +5,8 @@ import signal
 
 import pytest
 
-from t5x_domain.data import cache, pipeline, spill
+from t5x_domain import files
+from t5x_domain.data import cache_writer, pipeline, spill
 from t5x_domain.data.cache import TokenCache
 from t5x_domain.data.pipeline import CacheWriter, add_work, beam_pipeline, write_cache
 from t5x_domain.data.sources import JsonlSource
@@ -108,24 +109,25 @@ def test_goes_on_where_it_was_interrupted(tmp_path, monkeypatch, capsys, beam_fl
     assert contents(tmp_path / "cache" / "law") == contents(tmp_path / "straight" / "law")
 
 
-def test_killed_while_it_writes_a_file(tmp_path, monkeypatch):
-    """SIGKILL in the middle of the third shard: its lock is gone with it, and its half file is not taken for whole."""
-    law, write_shard = corpus(tmp_path, *TEXTS), cache.write_shard
-
+def killed_in_the_third_shard(law, folder):
     def killed(folder, split, shard, *rest):
         if shard == 2:
             (folder / f".{split}-00002-of-00004.arrayrecord.0123").write_bytes(b"half")
             os.kill(os.getpid(), signal.SIGKILL)
-        return write_shard(folder, split, shard, *rest)
+        return cache_writer.write_shard(folder, split, shard, *rest)
 
-    with monkeypatch.context() as patched:
-        patched.setattr(cache, "write_shard", killed)
-        arguments = law, ByteVocabulary(), tmp_path / "cache"
-        child = multiprocessing.get_context("fork").Process(
-            target=write_cache, args=arguments, kwargs={"num_shards": 4}
-        )
-        child.start()
-        child.join()
+    pipeline.write_shard = killed
+    write_cache(law, ByteVocabulary(), folder, num_shards=4)
+
+
+def test_killed_while_it_writes_a_file(tmp_path, monkeypatch):
+    """SIGKILL in the middle of the third shard: its lock is gone with it, and its half file is not taken for whole."""
+    law = corpus(tmp_path, *TEXTS)
+    child = multiprocessing.get_context("spawn").Process(
+        target=killed_in_the_third_shard, args=(law, tmp_path / "cache")
+    )
+    child.start()
+    child.join()
     assert child.exitcode == -signal.SIGKILL
     done = stops_at(monkeypatch, "write", 100, fail)
     for folder in ("cache", "straight"):
@@ -175,11 +177,10 @@ def test_runners_of_clusters(tmp_path, flags):
     options = PipelineOptions(flags).get_all_options(drop_default=True, retain_unknown_options=False)
     assert set(options) == {flag[2:].partition("=")[0] for flag in flags}
     law = corpus(tmp_path, *TEXTS)
-    writer = CacheWriter(law, ByteVocabulary(), tmp_path, 4, pipeline._tasks(law))
+    writer = CacheWriter(law, ByteVocabulary(), files.path(tmp_path), files.path(tmp_path), 4, pipeline._tasks(law))
     sent = beam_pipeline(BEAM)
     add_work(sent, writer, *writer.waiting())
     portable = sent.to_runner_api()
-    (tmp_path / cache.WORK).mkdir()
     received = type(portable).FromString(portable.SerializeToString())
     type(sent).from_runner_api(received, sent.runner, PipelineOptions(BEAM)).run().wait_until_finish()
     assert writer.waiting() == ([], [])
