@@ -96,8 +96,8 @@ def writing(cache_dir: str | os.PathLike, corpus: str, plan: Mapping | None = No
     """A folder to write a corpus into. It becomes `<cache_dir>/<corpus>` when the block ends.
 
     The block must end with `write_manifest`. If it is interrupted, the next one with the same plan (what is written,
-    as JSON) finds what is there; one with another plan, or after a UserError, finds it empty. What helps to write but
-    is no part of the cache goes into `work_folder`.
+    as JSON) finds what is there; one with another plan, or on this machine after a UserError, finds it empty. What
+    helps to write but is no part of the cache goes into `work_folder`.
 
     Raises:
       UserError: another process is writing the same corpus on this machine's disk; a folder of a bucket holds something
@@ -110,7 +110,8 @@ def writing(cache_dir: str | os.PathLike, corpus: str, plan: Mapping | None = No
         try:
             yield partial
         except UserError:
-            partial.rmtree(missing_ok=True)
+            if not files.is_remote(partial):  # of a bucket's it may be a permission, which spoils nothing
+                partial.rmtree()
             raise
         (partial / _WORK).rmtree(missing_ok=True)
         if not files.is_remote(final):

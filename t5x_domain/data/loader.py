@@ -16,11 +16,12 @@ import numpy as np
 from absl import flags
 
 from t5x_domain.data.cache import CachedSplit
-from t5x_domain.data.examples import ExampleMaker, TokenLine
+from t5x_domain.data.examples import ExampleMaker
 from t5x_domain.data.first_fit import FirstFit, Window
 from t5x_domain.data.packing import Batch, Layout
 from t5x_domain.data.sampling import ConcatAndSplit, ExampleRandom, Piece, Sampler
 from t5x_domain.data.tasks import Component, Mixture
+from t5x_domain.data.token_line import token_line, used_documents
 from t5x_domain.data.vocabulary import Vocabulary
 from t5x_domain.errors import UserError
 
@@ -119,9 +120,9 @@ class Batches:
             layout.check_side(component.objective)
         if epochs is None:  # A component that is scored by itself may be causal.
             self._check_inputs(mixture)
-        self._used = _used(splits, mixture, subset or {})
+        self._used = used_documents(splits, mixture, subset or {})
         eos = vocabulary.eos_id if separator else None
-        lines = {split.corpus: _line(split, documents, eos, lane) for split, documents in self._used}
+        lines = {split.corpus: token_line(split, documents, eos, lane) for split, documents in self._used}
         names = list(component_names or (component.name for component in mixture.components))
         self._makers = [
             ExampleMaker(
@@ -257,47 +258,6 @@ class Batches:
             return self._sampler.rows(start, stop)
         end = min(stop, max(start, self._num_rows))
         return self._sampler.rows(start, end) + [[] for _ in range(stop - end)]
-
-
-def _used(
-    splits: Sequence[CachedSplit], mixture: Mixture, subset: Mapping[str, float]
-) -> list[tuple[CachedSplit, int]]:
-    """The split of every corpus of the mixture, and how many of its documents are used."""
-    by_name = {split.corpus: split for split in splits}
-    used = []
-    for corpus in (corpus.name for corpus in mixture.corpora):
-        if corpus not in by_name:
-            raise UserError(f"corpus {corpus} has no cached split here, only {', '.join(by_name)}.")
-        used.append((by_name[corpus], _num_documents(by_name[corpus], subset.get(corpus))))
-    return used
-
-
-def _line(split: CachedSplit, documents: int, separator: int | None, lane: tuple[int, int] | None) -> TokenLine:
-    """The line of the first `documents` of a split, or of a lane's part of them."""
-    if lane is None:
-        return TokenLine(split, range(documents), separator)
-    tokens, (number, lanes) = split.offsets[documents], lane
-    start, stop = (split.offsets.searchsorted(border * tokens // lanes) for border in (number, number + 1))
-    if start == stop:
-        raise UserError(
-            f"Run.lanes = {lanes} is too many for the {documents} documents of corpus {split.corpus}, split "
-            f"{split.split}; set fewer."
-        )
-    return TokenLine(split, range(start, stop), separator, in_lane=True)
-
-
-def _num_documents(split: CachedSplit, wanted: float | None) -> int:
-    """How many documents of a split a subset holds."""
-    documents = split.num_documents
-    if wanted is None:
-        return documents
-    number = round(wanted * documents) if isinstance(wanted, float) else wanted
-    if not 1 <= number <= documents:
-        raise UserError(
-            f"Phase.subset: {wanted} of corpus {split.corpus} is {number} documents, but there are {documents}; give "
-            "an integer up to that, or a fraction up to 1.0."
-        )
-    return number
 
 
 def _check_rows(batch_size: int, num_hosts: int, rows_per_window: int, fill: float, seed: int) -> None:

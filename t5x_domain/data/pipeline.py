@@ -166,6 +166,8 @@ def write_cache(
       UserError: as `Source.read`; a document has no tokens; a split has no document; Beam is not installed; another
         process is writing the same cache.
     """
+    if beam_flags is not None:
+        _require_beam()
     plan = {
         "version": corpus.version,
         "vocabulary": vocabulary.fingerprint,
@@ -215,13 +217,16 @@ def _run_here(writer: CacheWriter, tasks: Sequence[Task], shards: Sequence[tuple
         writer.write(split, shard)
 
 
-def _run_beam(
-    writer: CacheWriter, tasks: Sequence[Task], shards: Sequence[tuple[str, int]], flags: Sequence[str]
-) -> None:
+def _require_beam() -> None:
     try:
         import apache_beam  # noqa: F401
     except ImportError as error:
         raise UserError("--runner needs Apache Beam; install it with: pip install 't5x_domain[beam]'.") from error
+
+
+def _run_beam(
+    writer: CacheWriter, tasks: Sequence[Task], shards: Sequence[tuple[str, int]], flags: Sequence[str]
+) -> None:
     try:
         with beam_pipeline(flags) as pipeline:
             add_work(pipeline, writer, tasks, shards)
