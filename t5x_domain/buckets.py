@@ -28,7 +28,12 @@ _TRANSIENT = {
     *("builtins.ConnectionError", "builtins.TimeoutError", "http.IncompleteRead"),
     *("aiohttp.ClientConnectionError", "aiohttp.ClientPayloadError", "aiohttp.ServerDisconnectedError"),
     *("requests.ConnectionError", "requests.Timeout", "requests.ChunkedEncodingError", "google.TransportError"),
-    *("botocore.HTTPClientError", "botocore.IncompleteReadError", "botocore.ResponseParserError"),
+    *(
+        "botocore.HTTPClientError",
+        "botocore.ConnectionError",
+        "botocore.IncompleteReadError",
+        "botocore.ResponseParserError",
+    ),
 }
 _NO_CREDENTIALS = {
     *("google.DefaultCredentialsError", "google.RefreshError"),
@@ -103,22 +108,24 @@ def retrying[T](place: object, call: Callable[..., T], *arguments: Any, **option
 
 
 def filesystem(scheme: str) -> Any:
-    """fsspec's file system of "gs" or "s3"; fsspec keeps one for each process.
+    """The file system of "gs" or "s3"; fsspec keeps one for each process.
 
     Raises:
       UserError: its package is not installed.
     """
     import fsspec
 
-    # What other processes have written must be seen; and attempts are made by `retrying`, where they are counted.
-    once = {"config_kwargs": {"retries": {"max_attempts": 0}}} if scheme == "s3" else {}
+    # What other processes have written must be seen. A request is repeated twice by the client, quietly, so that one of
+    # the many parts of a large object does not cost the others; `retrying` does the rest.
+    few = {"config_kwargs": {"retries": {"max_attempts": 2, "mode": "standard"}}} if scheme == "s3" else {}
     try:
-        found = fsspec.filesystem(scheme, use_listings_cache=False, **once)
+        found = fsspec.filesystem(scheme, use_listings_cache=False, **few)
     except ImportError as error:
         raise UserError(
             f"{scheme}://: a package is missing ({error}); pip install 't5x_domain[{_CLOUDS[scheme].extra}]'."
         ) from error
     found.retries = 1
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # errors are explained here
     return found
 
 
@@ -143,8 +150,7 @@ class BucketPath(PosixGPath):
 
     def stat(self) -> StatResult:
         info = self._call("info")
-        modified = info.get("mtime", info.get("LastModified"))
-        return StatResult(info["type"] == "directory", info["size"], int(modified.timestamp()) if modified else 0)
+        return StatResult(info["type"] == "directory", info["size"], _nanoseconds(info) // 10**9)
 
     def iterdir(self) -> Iterator["BucketPath"]:
         for name in self._call("ls", detail=False):
@@ -155,6 +161,17 @@ class BucketPath(PosixGPath):
     def glob(self, pattern: str) -> Iterator["BucketPath"]:
         for name in (self / pattern)._call("glob"):
             yield type(self)(f"{self.parts[1]}://{name}")
+
+    def matching(self) -> list[str]:
+        """Objects that match this path, in which *, ?, [ ] and ** stand for what they do in a shell; sorted."""
+        found = self._call("glob", detail=True)
+        return sorted(f"{self.parts[1]}://{name}" for name, info in found.items() if info["type"] == "file")
+
+    def listing(self) -> list[tuple[str, int, int]]:
+        """(name below this folder, bytes, nanoseconds) of every object, by name, in one request for each thousand."""
+        found = self._call("find", detail=True)
+        root = "/".join(self.parts[2:]) + "/"
+        return sorted((name.removeprefix(root), info["size"], _nanoseconds(info)) for name, info in found.items())
 
     def walk(self, **options: Any) -> Iterator[tuple["BucketPath", list[str], list[str]]]:
         for folder, folders, names in self._call("walk", on_error="raise"):
@@ -265,6 +282,12 @@ class _Reader(io.RawIOBase):
         buffer[: len(block)] = block
         self._position += len(block)
         return len(block)
+
+
+def _nanoseconds(info: Mapping[str, Any]) -> int:
+    """The date of an object's last change; 0 of a folder."""
+    changed = info.get("mtime", info.get("LastModified"))
+    return 0 if changed is None else int(changed.timestamp() * 1e9)
 
 
 def _explained(place: object, error: Exception) -> Exception:

@@ -16,6 +16,7 @@ is renamed, and a folder exists while something is in it.
 import functools
 import hashlib
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -44,15 +45,14 @@ def path(place: str | os.PathLike) -> epath.Path:
     Raises:
       UserError: it has a scheme other than gs:// and s3://.
     """
-    scheme, separator, _ = str(place).partition("://")
-    if separator and scheme not in ("gs", "s3"):
-        raise UserError(f"{place}: unknown kind of path {scheme}://; give a path of this machine, gs:// or s3://.")
+    if re.match("[a-z][a-z0-9+.-]*://", str(place)) and not is_remote(place):
+        raise UserError(f"{place}: neither a path of this machine nor gs:// or s3://, which are all that is read.")
     return epath.Path(place)
 
 
 def is_remote(place: str | os.PathLike) -> bool:
     """Whether a path is in a bucket."""
-    return "://" in str(place)
+    return str(place).startswith(("gs://", "s3://"))
 
 
 def write_atomically(place: str | os.PathLike, content: bytes) -> None:
@@ -99,6 +99,19 @@ def local_copy(place: str | os.PathLike) -> Path:
 def scratch_folder() -> Path:
     """A new folder of this machine that is removed when the process ends."""
     return Path(tempfile.mkdtemp(dir=_scratch(os.getpid()).name))
+
+
+def matching(pattern: str) -> list[str]:
+    """Sorted objects of a bucket that match a glob pattern such as "gs://bucket/corpus/*.jsonl"."""
+    return path(pattern).matching()
+
+
+def listing(folder: epath.Path) -> list[tuple[str, int, int]]:
+    """(name in `folder`, bytes, date of the last change in nanoseconds) of every file below it, by name."""
+    if is_remote(folder):
+        return folder.listing()
+    found = [file for file in sorted(Path(folder).rglob("*")) if file.is_file()]
+    return [(str(file.relative_to(folder)), file.stat().st_size, file.stat().st_mtime_ns) for file in found]
 
 
 def upload_folder(folder: Path, target: BucketPath, *, last: str) -> None:

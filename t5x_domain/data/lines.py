@@ -14,7 +14,7 @@ _BLOCK_BYTES = 1 << 20
 
 
 def read_lines(path: str) -> Iterator[bytes]:
-    """Lines of a file without their line ends; .gz and .zst are decompressed.
+    """Lines of a file, of this machine or in a bucket, without their line ends; .gz and .zst are decompressed.
 
     Raises:
       UserError: the file is empty, truncated or damaged. Lines before the damage have been yielded.

@@ -150,8 +150,8 @@ class FileSource(Source):
     """A source of files.
 
     Attributes:
-      files: for each split a file or glob pattern, or a list of them; relative to the working directory, else to the
-        checkout or the installed package; or in a bucket, "gs://bucket/law/*.jsonl.gz".
+      files: for each split a file or glob pattern, or a list of them; in a bucket, or relative to the working
+        directory, else to the checkout or the installed package.
     """
 
     files: Mapping[str, str | Sequence[str]]
@@ -179,8 +179,7 @@ class FileSource(Source):
 
 
 def resolve_files(pattern: str, setting: str = "the source's `files`") -> list[str]:
-    """Sorted files that match a path or glob pattern, in the first folder of `gin_search_paths` that has any, or in a
-    bucket.
+    """Sorted files that match a path or glob pattern, in a bucket or the first of `gin_search_paths` that has any.
 
     `setting` is where the pattern was given, for messages.
 
@@ -188,8 +187,7 @@ def resolve_files(pattern: str, setting: str = "the source's `files`") -> list[s
       UserError: nothing matches.
     """
     if files.is_remote(pattern):
-        folder, _, names = pattern.rpartition("/")
-        if found := sorted(str(path) for path in files.path(folder).glob(names)):
+        if found := files.matching(pattern):
             return found
         raise UserError(f"{pattern}: no such object; mend {setting} in gin.")
     for root in gin_search_paths():
@@ -290,7 +288,8 @@ class TFRecordSource(FileSource):
 
         number = 0
         try:
-            records = tf.data.TFRecordDataset(part, "GZIP" if part.endswith(".gz") else "").as_numpy_iterator()
+            copy = str(files.local_copy(part))  # TensorFlow has no credentials of fsspec's
+            records = tf.data.TFRecordDataset(copy, "GZIP" if part.endswith(".gz") else "").as_numpy_iterator()
             for number, record in enumerate(records, 1):
                 features = tf.train.Example.FromString(record).features.feature
                 fields = {name: _feature_values(feature) for name, feature in features.items()}

@@ -11,7 +11,7 @@ import io
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+from pathlib import PurePath
 from typing import NamedTuple
 
 import gin
@@ -19,6 +19,7 @@ import numpy as np
 
 from t5x_domain import files
 from t5x_domain.errors import UserError
+from t5x_domain.files import write_atomically
 
 PAD_ID, EOS_ID, UNK_ID = 0, 1, 2
 _NUM_SPECIAL_IDS = 3
@@ -126,7 +127,7 @@ class Vocabulary(_SentinelIds):
             return files.path(self.model_file).read_bytes()
         except OSError as error:
             raise UserError(
-                f"{self.model_file}: cannot read the SentencePiece model ({error.strerror or error}); "
+                f"{self.model_file}: cannot read the SentencePiece model ({error.strerror}); "
                 "train one with `python -m t5x_domain.prepare` or set Vocabulary.model_file."
             ) from error
 
@@ -167,7 +168,7 @@ class Vocabulary(_SentinelIds):
     def description(self) -> dict:
         return {
             "kind": "sentencepiece",
-            "model_file": Path(self.model_file).name,
+            "model_file": PurePath(self.model_file).name,
             "vocab_size": self.vocab_size,
             "extra_ids": self.extra_ids,
         }
@@ -340,7 +341,7 @@ def train_sentencepiece(
         if failures:
             raise failures[0] from None
         raise UserError(_vocabulary_size_message(vocab_size, str(error))) from error
-    files.write_atomically(model_file, model.getvalue())
+    write_atomically(model_file, model.getvalue())
 
 
 def _training_lines(documents: Iterable[str], failures: list[Exception]) -> Iterator[str]:
