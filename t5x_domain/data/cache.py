@@ -8,46 +8,39 @@ A record is a little-endian uint32 n, then n tokens (uint16 or uint32, as the ma
 metadata as UTF-8 JSON. Documents stand in the order of a 64-bit hash of (corpus, split, position in the source); the
 hash's top bits choose the shard. So the order depends neither on the engine that writes nor on its number of workers.
 
-A cache is written into a hidden sibling folder and renamed when it is complete: what has its name is whole.
+What has a manifest is whole, see data/cache_writer.py. Of a cache in a bucket, a shard is copied when it is first read
+and checked; the room on the disk is free again when other shards have taken its place among the open ones.
 """
 
 import bisect
+import collections
 import contextlib
 import functools
-import hashlib
 import itertools
 import json
 import os
-import shutil
 import struct
-import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from array_record.python.array_record_module import ArrayRecordReader
+from etils import epath
 
+from t5x_domain import files
+from t5x_domain.data.offsets import Offsets, ShardLengths
+from t5x_domain.data.whole_files import at_hand, size_and_digest, whole_file
 from t5x_domain.errors import UserError
 
 FORMAT_VERSION = 1
-_COUNT = struct.Struct("<I")
-# Documents compressed together. Ten are read in 16 µs from groups of 32, in 23 µs from groups of 64 (7 % smaller).
-_WRITER_OPTIONS = "group_size:32"
+MANIFEST = "manifest.json"
+COUNT = struct.Struct("<I")
 # Reads are short ranges; reading ahead would decode documents that nobody asked for.
 _READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
-
-
-class Record(NamedTuple):
-    """One document on its way into a shard; records sort by `key`, then by `position`."""
-
-    key: int  # 64-bit hash that fixes the place in the cache
-    position: tuple[int, int]  # (part of the source, record in the part)
-    num_tokens: int
-    num_bytes: int  # of the text in UTF-8
-    fields: tuple[str, ...]  # names of the metadata
-    payload: bytes  # as stored
+# Shards of a split that are open at once: each takes a file descriptor, of which a process often has 1,024, and of a
+# bucket's the room of a copy.
+_MOST_READERS = 128
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -55,105 +48,30 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
-def encode_record(
-    corpus: str,
-    split: str,
-    position: tuple[int, int],
-    *,
-    tokens: np.ndarray,
-    num_bytes: int,
-    metadata: Mapping,
-    dtype: np.dtype,
-) -> Record:
-    """Tokens (int32 [n]) and metadata of a document as a record with its place in the shuffled order."""
-    place = f"{corpus}\0{split}\0{position[0]}\0{position[1]}".encode()
-    key = int.from_bytes(hashlib.blake2b(place, digest_size=8).digest(), "big")
-    fields = json.dumps(metadata, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode("utf-8")
-    payload = _COUNT.pack(len(tokens)) + tokens.astype(dtype).tobytes() + fields
-    return Record(key, position, len(tokens), num_bytes, tuple(metadata), payload)
-
-
-def shard_of(record: Record, num_shards: int) -> int:
-    """The shard of a record, by the top bits of its key: shards are nearly equal and stay in key order."""
-    return record.key * num_shards >> 64
-
-
-def write_shard(folder: Path, split: str, shard: int, num_shards: int, records: Iterable[Record]) -> dict:
-    """Writes one shard, in key order, and returns its entry for the manifest. `records` are sorted in memory."""
-    records = sorted(records)
-    suffix = f"{shard:05d}-of-{num_shards:05d}"
-    file, lengths_file = f"{split}-{suffix}.arrayrecord", f"{split}-lengths-{suffix}.npy"
-    writer = ArrayRecordWriter(str(folder / file), _WRITER_OPTIONS)
-    for record in records:
-        writer.write(record.payload)
-    writer.close()
-    np.save(folder / lengths_file, np.array([record.num_tokens for record in records], np.uint32))
-    return {
-        "file": file,
-        "lengths_file": lengths_file,
-        "documents": len(records),
-        "tokens": sum(record.num_tokens for record in records),
-        "bytes": sum(record.num_bytes for record in records),
-        "metadata_fields": sorted(set().union(*(record.fields for record in records))),
-        "checks": {name: _size_and_digest(folder / name) for name in (file, lengths_file)},
-    }
-
-
-@contextlib.contextmanager
-def writing(cache_dir: str | Path, corpus: str) -> Iterator[Path]:
-    """A folder to write a corpus into. It replaces `<cache_dir>/<corpus>` when the block ends, and goes if it fails.
-
-    The block must end with `write_manifest`. Leftovers of interrupted runs are removed first.
-    """
-    final = Path(cache_dir) / corpus
-    final.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in final.parent.glob(f".{corpus}.partial-*"):
-        shutil.rmtree(leftover)
-    partial, replaced = (final.with_name(f".{corpus}.partial-{os.getpid()}{suffix}") for suffix in ("", "-replaced"))
-    partial.mkdir()
-    try:
-        yield partial
-        if final.exists():
-            final.rename(replaced)
-        partial.rename(final)
-        _fsync(final.parent)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(replaced, ignore_errors=True)
-
-
-def write_manifest(folder: Path, manifest: Mapping) -> None:
-    """Makes what is in `folder` durable, then writes the manifest: the last file of a cache."""
-    for path in folder.iterdir():
-        _fsync(path)
-    path = folder / "manifest.json"
-    path.write_text(json.dumps({"format_version": FORMAT_VERSION, **manifest}, indent=1) + "\n", encoding="utf-8")
-    _fsync(path)
-    _fsync(folder)
-
-
 class TokenCache:
     """A complete cache of one corpus. Make one with `TokenCache.open`."""
 
-    def __init__(self, folder: Path, manifest: dict):
+    def __init__(self, folder: epath.Path, manifest: dict):
         self.folder = folder
         self.manifest = manifest
 
     @classmethod
     def open(
         cls,
-        cache_dir: str | Path,
+        cache_dir: str | os.PathLike,
         corpus: str,
         *,
         vocabulary_fingerprint: str | None = None,
         version: int | None = None,
     ) -> "TokenCache":
-        """Opens `<cache_dir>/<corpus>`; None accepts any vocabulary or version. Sizes are checked, digests are not.
+        """Opens `<cache_dir>/<corpus>`; None accepts any vocabulary or version.
+
+        On this machine sizes are checked, but not digests; in a bucket both are, when a shard is read.
 
         Raises:
           UserError: absent, partial, damaged, of another format, or made with another vocabulary or corpus version.
         """
-        folder = Path(cache_dir) / corpus
+        folder = files.path(cache_dir) / corpus
         manifest = _read_manifest(folder)
         if manifest.get("format_version") != FORMAT_VERSION:
             raise _stale(folder, f"has format {manifest.get('format_version')}, this program reads {FORMAT_VERSION}")
@@ -162,12 +80,12 @@ class TokenCache:
         if vocabulary_fingerprint is not None and manifest["vocabulary"]["fingerprint"] != vocabulary_fingerprint:
             raise _stale(folder, f"was made with another vocabulary ({_describe(manifest['vocabulary'])})")
         cache = cls(folder, manifest)
-        for name, check in cache._checks():
+        for name, check in () if files.is_remote(folder) else cache._checks():
             path = folder / name
             if not path.is_file():
                 raise _stale(folder, f"lacks {name}")
-            if path.stat().st_size != check["size"]:
-                raise _stale(folder, f"has {name} with {path.stat().st_size} bytes instead of {check['size']}")
+            if path.stat().length != check["size"]:
+                raise _stale(folder, f"has {name} with {path.stat().length} bytes instead of {check['size']}")
         return cache
 
     @property
@@ -183,8 +101,9 @@ class TokenCache:
     def verify(self) -> None:
         """Reads every file and compares its SHA-256 with the manifest's. Raises UserError naming the damaged file."""
         for name, check in self._checks():
-            if _size_and_digest(self.folder / name) != check:
-                raise _stale(self.folder, f"has a damaged {name} (its SHA-256 differs)")
+            with at_hand(self.folder / name) as path:
+                if size_and_digest(path) != check:
+                    raise _stale(self.folder, f"has a damaged {name} (its SHA-256 differs)")
 
     def _checks(self) -> Iterator[tuple[str, dict]]:
         for split in self.manifest["splits"].values():
@@ -195,7 +114,7 @@ class TokenCache:
 class CachedSplit:
     """The documents of one split, by range. Safe to share between threads; pickles without its open files."""
 
-    def __init__(self, folder: Path, manifest: Mapping, split: str):
+    def __init__(self, folder: epath.Path, manifest: Mapping, split: str):
         entry = manifest["splits"][split]
         self.corpus: str = manifest["corpus"]
         self.split = split
@@ -208,17 +127,25 @@ class CachedSplit:
         self._shards = entry["shards"]
         self._first_documents = [0, *itertools.accumulate(shard["documents"] for shard in self._shards)]
         self._dtype = np.dtype(manifest["token_dtype"])
-        self._readers: dict[int, ArrayRecordReader] = {}
+        self._readers: collections.OrderedDict[int, ArrayRecordReader] = collections.OrderedDict()
         self._lock = threading.Lock()
 
     def __reduce__(self):  # noqa: ANN204
         return CachedSplit, self._arguments
 
     @functools.cached_property
-    def offsets(self) -> np.ndarray:
+    def offsets(self) -> Offsets:
         """int64 [num_documents + 1]: tokens before each document in stored order; EOS is not stored nor counted."""
-        lengths = [np.load(self._folder / shard["lengths_file"]) for shard in self._shards]
-        return np.concatenate([np.zeros(1, np.int64), np.cumsum(np.concatenate(lengths), dtype=np.int64)])
+        return Offsets(
+            [
+                ShardLengths(shard["documents"], shard["tokens"], functools.partial(self._lengths, number))
+                for number, shard in enumerate(self._shards)
+            ]
+        )
+
+    def _lengths(self, shard: int) -> np.ndarray:
+        with self._at_hand(shard, "lengths_file") as path:
+            return np.load(path, mmap_mode="r")
 
     @property
     def metadata_fields(self) -> set[str]:
@@ -229,27 +156,25 @@ class CachedSplit:
         """An array that is made from the split once and then kept beside it, under a name that says what it is."""
         path = self._folder / f"{self.split}-{name}.npy"
         if path.exists():
-            return np.load(path, mmap_mode="r")
+            with at_hand(path) as local:
+                return np.load(local, mmap_mode="r")
         array = make()
         # A cache that may only be read works too, only more slowly. Other hosts may do the same at this moment.
-        with contextlib.suppress(OSError), tempfile.TemporaryDirectory(dir=self._folder, prefix=".partial-") as partial:
-            np.save(f"{partial}/{path.name}", array)
-            os.replace(f"{partial}/{path.name}", path)
+        with contextlib.suppress(OSError, UserError), whole_file(path) as local, open(local, "wb") as file:
+            np.save(file, array)
         return array
 
     def documents(self, start: int, stop: int) -> list[np.ndarray]:
         """Tokens of documents [start, stop), each int32 [n]. Raises IndexError outside the split."""
-        records = self._records(start, stop)
-        lengths = (self.offsets[start + 1 : stop + 1] - self.offsets[start:stop]).tolist()
         return [
-            np.frombuffer(record, self._dtype, length, _COUNT.size).astype(np.int32)
-            for record, length in zip(records, lengths, strict=True)
+            np.frombuffer(record, self._dtype, COUNT.unpack_from(record)[0], COUNT.size).astype(np.int32)
+            for record in self._records(start, stop)
         ]
 
     def metadata(self, start: int, stop: int) -> list[dict]:
         """Metadata of documents [start, stop). Raises IndexError outside the split."""
         return [
-            json.loads(record[_COUNT.size + _COUNT.unpack_from(record)[0] * self._dtype.itemsize :])
+            json.loads(record[COUNT.size + COUNT.unpack_from(record)[0] * self._dtype.itemsize :])
             for record in self._records(start, stop)
         ]
 
@@ -265,42 +190,43 @@ class CachedSplit:
         return records
 
     def _reader(self, shard: int) -> ArrayRecordReader:
-        reader = self._readers.get(shard)
-        if reader is None:
-            with self._lock:
-                path = str(self._folder / self._shards[shard]["file"])
-                reader = self._readers.setdefault(shard, ArrayRecordReader(path, _READER_OPTIONS))
-        return reader
+        with self._lock:
+            if shard not in self._readers:
+                with self._at_hand(shard, "file") as path:
+                    self._readers[shard] = ArrayRecordReader(str(path), _READER_OPTIONS)
+            self._readers.move_to_end(shard)
+            if len(self._readers) > _MOST_READERS:
+                self._readers.popitem(last=False)  # closes when the last thread that reads it is done
+            return self._readers[shard]
+
+    def _at_hand(self, shard: int, kind: str) -> contextlib.AbstractContextManager[Path]:
+        """A file of a shard; `kind` is its key in the manifest."""
+        entry = self._shards[shard]
+        return at_hand(self._folder / entry[kind], entry["checks"][entry[kind]])
 
 
-def _read_manifest(folder: Path) -> dict:
+def partial_folder(folder: epath.Path) -> epath.Path:
+    """Where a cache is written: in its place in a bucket, where nothing can be renamed, else in a hidden sibling."""
+    return folder if files.is_remote(folder) else folder.with_name(f".{folder.name}.partial")
+
+
+def _read_manifest(folder: epath.Path) -> dict:
     try:
-        return json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        partial = any(folder.parent.glob(f".{folder.name}.partial-*"))
-        state = "was interrupted while it was written" if partial else "does not exist or has no manifest.json"
+        state = (
+            "was interrupted while it was written"
+            if partial_folder(folder).exists()
+            else "does not exist or has no manifest.json"
+        )
         raise UserError(f"{folder}: the token cache {state}; run `python -m t5x_domain.prepare` first.") from error
     except ValueError as error:
         raise _stale(folder, "has a manifest.json that is no JSON") from error
 
 
-def _stale(folder: Path, reason: str) -> UserError:
+def _stale(folder: epath.Path, reason: str) -> UserError:
     return UserError(f"{folder}: the token cache {reason}; redo it with `python -m t5x_domain.prepare --overwrite`.")
 
 
 def _describe(vocabulary: Mapping) -> str:
     return ", ".join(f"{name}={value}" for name, value in vocabulary.items() if name != "fingerprint")
-
-
-def _size_and_digest(path: Path) -> dict:
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"size": path.stat().st_size, "sha256": digest}
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -2,84 +2,18 @@
 
 import functools
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from t5x_domain.data.cache import CachedSplit
 from t5x_domain.data.packing import Example, Layout
 from t5x_domain.data.sampling import ExampleRandom, Piece, random_bits
 from t5x_domain.data.shapes import Shape, Source
 from t5x_domain.data.tasks import Component
+from t5x_domain.data.token_line import TokenLine
 from t5x_domain.data.vocabulary import ByteVocabulary, Vocabulary
 from t5x_domain.errors import UserError
 from t5x_domain.objectives.prefix import NO_TOKENS, Metadata
-
-# Metadata of documents are read this many at a time.
-_DOCUMENTS_AT_ONCE = 4096
-
-
-class TokenLine:
-    """The first documents of a split as one line of token ids, with an EOS after each if asked."""
-
-    def __init__(self, split: CachedSplit, num_documents: int, separator: int | None = None):
-        self.split = split
-        self.num_documents = num_documents
-        self._separator = separator
-        self._stored = split.offsets[: num_documents + 1]
-        self.offsets = self._stored if separator is None else self._stored + np.arange(num_documents + 1)
-
-    @property
-    def num_tokens(self) -> int:
-        return int(self.offsets[-1])
-
-    @property
-    def key(self) -> tuple[int, int]:
-        """Tells the line from others in all phases of a run."""
-        return zlib.crc32(self.split.corpus.encode()), self.num_documents
-
-    def document(self, position: int) -> int:
-        """The document that a token belongs to."""
-        return int(np.searchsorted(self.offsets, position, side="right")) - 1
-
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens [start, stop), int32."""
-        first = self.document(start)
-        documents = self.split.documents(first, int(np.searchsorted(self.offsets, stop, side="left")))
-        if self._separator is not None:
-            end = np.array([self._separator], np.int32)
-            documents = [part for document in documents for part in (document, end)]
-        begin = int(self.offsets[first])
-        return np.concatenate(documents)[start - begin : stop - begin]
-
-    def parts(self, piece: Piece) -> list[tuple[int, int]]:
-        """(start, stop) of a piece within the line: two if it wraps."""
-        end = self.num_tokens
-        return [(piece.start, piece.stop)] if piece.stop <= end else [(piece.start, end), (0, piece.stop - end)]
-
-    def stored(self, position: int) -> int:
-        """Tokens of the split before a position, separators not counted."""
-        if self._separator is None:
-            return position
-        document = self.document(position)
-        return min(position - document, int(self._stored[min(document + 1, self.num_documents)]))
-
-    def read_all(self, pieces: Iterable[Piece]) -> dict[Piece, np.ndarray]:
-        """Tokens of all pieces, int32; neighbours in the cache are read together, which costs less than one by one."""
-        result = {}
-        run: list[Piece] = []
-        for piece in sorted(pieces, key=lambda piece: piece.start):
-            if run and piece.start != run[-1].stop:
-                result.update(self._read_run(run))
-                run = []
-            run.append(piece)
-        return result | (self._read_run(run) if run else {})
-
-    def _read_run(self, run: list[Piece]) -> dict[Piece, np.ndarray]:
-        whole = run[0]._replace(stop=run[-1].stop)
-        parts = [self.read(start, stop) for start, stop in self.parts(whole)]
-        tokens = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        return {piece: tokens[piece.start - whole.start : piece.stop - whole.start] for piece in run}
 
 
 @functools.lru_cache(maxsize=1 << 16)  # many documents share a source
@@ -103,7 +37,9 @@ class MetadataOf:
             self._lengths = np.full(line.num_documents, len(self._encode(self._metadata.text({}))), np.uint16)
         else:
             name = f"metadata-{self._metadata.fingerprint}-{vocabulary.fingerprint[:16]}"
-            self._lengths = split.derived(name, self._all_lengths)[: line.num_documents]
+            if line.num_documents < split.num_documents:
+                name += f"-{line.documents.start}-{line.documents.stop}"
+            self._lengths = split.derived(name, self._all_lengths)
 
     @property
     def longest(self) -> int:
@@ -124,22 +60,16 @@ class MetadataOf:
         document = self._line.document(piece.start)
         if not self._drawn(piece.epoch, np.array([document]))[0]:
             return NO_TOKENS
-        fields = {} if self._metadata.fields is not None else self._line.split.metadata(document, document + 1)[0]
+        fields = {} if self._metadata.fields is not None else next(self._line.metadata(range(document, document + 1)))
         return self._encode(self._metadata.text(fields))
 
     def _encode(self, text: str) -> np.ndarray:
         return _encoded(self._vocabulary, text)[: self._metadata.max_tokens]
 
     def _all_lengths(self) -> np.ndarray:
-        split = self._line.split
-        return np.array(
-            [
-                len(self._encode(self._metadata.text(fields)))
-                for start in range(0, split.num_documents, _DOCUMENTS_AT_ONCE)
-                for fields in split.metadata(start, min(start + _DOCUMENTS_AT_ONCE, split.num_documents))
-            ],
-            np.uint16,
-        )
+        count = self._line.num_documents
+        lengths = (len(self._encode(self._metadata.text(fields))) for fields in self._line.metadata(range(count)))
+        return np.fromiter(lengths, np.uint16, count)
 
     def _drawn(self, epoch: int, documents: np.ndarray) -> np.ndarray:
         """Whether documents carry their metadata in an epoch: a hash of (seed, epoch, document) against the rate."""

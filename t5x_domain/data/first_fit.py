@@ -49,11 +49,14 @@ class FirstFit(Sampler):
         fill: float,
         seed: int,
         epochs: int | None = None,
+        lane: tuple[int, int] | None = None,
     ):
+        """`lane` sets the order of a window's rows apart from that of other lanes."""
         self._capacity = capacity
         self._rows_per_window = rows_per_window
         self._seed = seed
         self._epochs = epochs
+        self._order_key = (seed, len(components)) if lane is None else (seed, len(components), *lane)
         shares = [rate / sum(rates) for rate in rates]
         full = self._row_shares(components, shares)
         if all(capacity):
@@ -133,7 +136,7 @@ class FirstFit(Sampler):
                 rows[row].append(cut)
                 piece = piece._replace(start=cut.stop)
         # The longest documents are in the first rows and the padding in the last.
-        order = np.random.default_rng(random_bits(self._seed, len(self._components), window)).permutation(len(rows))
+        order = np.random.default_rng(random_bits(*self._order_key, window)).permutation(len(rows))
         return Window([rows[row] for row in order], dropped, room.filled)
 
     def _queue(self, window: int) -> list[tuple]:
@@ -151,7 +154,7 @@ class FirstFit(Sampler):
         return result
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=512)
 def _plan(sampler: FirstFit, window: int) -> Window:
     """Small batches and several threads ask for the same window again. Samplers are told apart by identity."""
     return sampler.plan(window)

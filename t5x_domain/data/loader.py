@@ -16,11 +16,12 @@ import numpy as np
 from absl import flags
 
 from t5x_domain.data.cache import CachedSplit
-from t5x_domain.data.examples import ExampleMaker, TokenLine
+from t5x_domain.data.examples import ExampleMaker
 from t5x_domain.data.first_fit import FirstFit, Window
 from t5x_domain.data.packing import Batch, Layout
 from t5x_domain.data.sampling import ConcatAndSplit, ExampleRandom, Piece, Sampler
 from t5x_domain.data.tasks import Component, Mixture
+from t5x_domain.data.token_line import token_line, used_documents
 from t5x_domain.data.vocabulary import Vocabulary
 from t5x_domain.errors import UserError
 
@@ -47,7 +48,10 @@ class PackingStats:
 
 
 @gin.configurable(
-    denylist=["splits", "mixture", "vocabulary", "host", "num_hosts", "epochs", "component_names", "subset", "room_for"]
+    denylist=[
+        *("splits", "mixture", "vocabulary", "host", "num_hosts", "epochs", "component_names", "subset", "room_for"),
+        "lane",
+    ]
 )
 class Batches:
     """This host's rows of every global batch, by step.
@@ -72,6 +76,7 @@ class Batches:
         is a random one.
       room_for: rows keep room for the metadata and mode token of this component, whatever stands there, so that the
         same text can be scored under several conditions.
+      lane: (number, lanes) of the part of every corpus that is read, see data/lanes.py; None reads all of it.
 
     Raises:
       UserError: settings that do not go together, or an objective that overruns lengths or vocabulary.
@@ -97,6 +102,7 @@ class Batches:
         component_names: Sequence[str] | None = None,
         subset: Mapping[str, float] | None = None,
         room_for: Component | None = None,
+        lane: tuple[int, int] | None = None,
     ):
         _check_rows(batch_size, num_hosts, rows_per_window, fill, seed)
         if epochs is not None and len(mixture.components) > 1:
@@ -114,7 +120,9 @@ class Batches:
             layout.check_side(component.objective)
         if epochs is None:  # A component that is scored by itself may be causal.
             self._check_inputs(mixture)
-        lines = _lines(splits, mixture, subset or {}, vocabulary.eos_id if separator else None)
+        self._used = used_documents(splits, mixture, subset or {})
+        eos = vocabulary.eos_id if separator else None
+        lines = {split.corpus: token_line(split, documents, eos, lane) for split, documents in self._used}
         names = list(component_names or (component.name for component in mixture.components))
         self._makers = [
             ExampleMaker(
@@ -132,6 +140,7 @@ class Batches:
                 fill=fill,
                 seed=seed,
                 epochs=epochs,
+                lane=lane,
             )
         else:
             self._sampler = ConcatAndSplit(
@@ -140,6 +149,7 @@ class Batches:
                 rates,
                 seed,
                 [(*maker.key, maker.raw_length) for maker in self._makers],
+                first_row=lane[0] * batch_size if lane else 0,
             )
         self._num_rows = None if epochs is None else self._sampler.num_rows(epochs, [0])
 
@@ -167,12 +177,11 @@ class Batches:
 
     @property
     def subsets(self) -> list[tuple[str, int, int]]:
-        """(corpus, documents, tokens) of the corpora of which only a part is used."""
-        lines = {maker.component.corpus.name: maker.line for maker in self._makers}
+        """(corpus, documents, tokens) of the corpora of which only a part is used, over all lanes."""
         return [
-            (corpus, line.num_documents, line.num_tokens)
-            for corpus, line in lines.items()
-            if line.num_documents < len(line.split.offsets) - 1
+            (split.corpus, documents, split.offsets[documents])
+            for split, documents in self._used
+            if documents < split.num_documents
         ]
 
     def begin_at(self, starts: Mapping[tuple[int, ...], int]) -> None:
@@ -249,33 +258,6 @@ class Batches:
             return self._sampler.rows(start, stop)
         end = min(stop, max(start, self._num_rows))
         return self._sampler.rows(start, end) + [[] for _ in range(stop - end)]
-
-
-def _lines(
-    splits: Sequence[CachedSplit], mixture: Mixture, subset: Mapping[str, float], separator: int | None
-) -> dict[str, TokenLine]:
-    """The line of every corpus of the mixture."""
-    by_name = {split.corpus: split for split in splits}
-    lines = {}
-    for corpus in (corpus.name for corpus in mixture.corpora):
-        if corpus not in by_name:
-            raise UserError(f"corpus {corpus} has no cached split here, only {', '.join(by_name)}.")
-        lines[corpus] = TokenLine(by_name[corpus], _num_documents(by_name[corpus], subset.get(corpus)), separator)
-    return lines
-
-
-def _num_documents(split: CachedSplit, wanted: float | None) -> int:
-    """How many documents of a split a subset holds."""
-    documents = len(split.offsets) - 1
-    if wanted is None:
-        return documents
-    number = round(wanted * documents) if isinstance(wanted, float) else wanted
-    if not 1 <= number <= documents:
-        raise UserError(
-            f"Phase.subset: {wanted} of corpus {split.corpus} is {number} documents, but there are {documents}; give "
-            "an integer up to that, or a fraction up to 1.0."
-        )
-    return number
 
 
 def _check_rows(batch_size: int, num_hosts: int, rows_per_window: int, fill: float, seed: int) -> None:

@@ -1,25 +1,29 @@
 """Writes the token cache of a corpus, in this process or with Apache Beam. Both give the same bytes.
 
-    parts of the source -> documents -> records with a hashed key -> grouped by shard -> sorted and written
+    source -> tasks (a file each, or one of several turns through a large one) -> a spill file each, by shard -> shards
 
-Documents stream through; what is held in memory at once is one shard, so large corpora want many shards.
+Tasks and shards are pieces of work that are done or not, and what is done is not done again when an interrupted
+preparation is started anew. Documents stream through; what is held in memory at once is one shard of each worker, so
+large corpora want many shards.
 """
 
 import collections
-import contextlib
 import dataclasses
-import functools
 import json
-import pickle
+import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
+import sys
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import tqdm
+from etils import epath
 
-from t5x_domain.data import cache
+from t5x_domain import files
+from t5x_domain.data.cache import MANIFEST, token_dtype
+from t5x_domain.data.cache_writer import Record, encode_record, work_folder, write_manifest, write_shard, writing
 from t5x_domain.data.sources import BadRecord, Document, no_documents
+from t5x_domain.data.spill import read_spill, skipped_in, write_spill
 from t5x_domain.data.tasks import Corpus
 from t5x_domain.data.vocabulary import ByteVocabulary, Vocabulary
 from t5x_domain.errors import UserError
@@ -27,56 +31,84 @@ from t5x_domain.errors import UserError
 if TYPE_CHECKING:
     import apache_beam as beam
 
+# A larger part of a source is read in several turns: by workers side by side, each of which tokenises its share.
+_TURN_BYTES = 256 << 20
+_MOST_TURNS = 16
+
+
+class Task(NamedTuple):
+    """The records of a part whose number among its records leaves `turn` when it is divided by `turns`."""
+
+    split: str
+    part_number: int
+    part: str
+    turn: int
+    turns: int
+
 
 @dataclasses.dataclass(frozen=True)
 class CacheWriter:
-    """What both engines do to documents and shards. Pickles, so that Beam can send it to its workers."""
+    """What both engines do. Pickles, so that Beam can send it to its workers; all of them must see both folders."""
 
     corpus: Corpus
     vocabulary: Vocabulary | ByteVocabulary
-    folder: Path
+    folder: epath.Path
+    work: epath.Path  # for what is thrown away in the end
     num_shards: int
+    tasks: Sequence[Task]
 
-    def read(self, split: str, part_number: int, part: str) -> Iterator[tuple[str, Document | BadRecord]]:
-        """Documents and bad records of one part, with their split."""
-        for document in self.corpus.source.read(split, part_number, part):
-            yield split, document
+    @property
+    def shards(self) -> list[tuple[str, int]]:
+        """(split, number) of all shards."""
+        return [(split, shard) for split in self.corpus.source.splits for shard in range(self.num_shards)]
 
-    def tokenize(self, split: str, document: Document | BadRecord) -> tuple[tuple[str, int], cache.Record | BadRecord]:
-        """((split, shard), record). Bad records pass, or become of documents that give no usable tokens."""
-        record = document if isinstance(document, BadRecord) else self._record(split, document)
-        if isinstance(record, BadRecord):
-            self.corpus.source.check_skippable(record)
-            return (split, 0), record
-        return (split, cache.shard_of(record, self.num_shards)), record
+    def waiting(self) -> tuple[list[Task], list[tuple[str, int]]]:
+        """Tasks and shards that are still to be done."""
+        done = {path.name for path in self.work.iterdir()} if self.work.exists() else ()
+        tasks = [task for task in self.tasks if self._spill_path(task).name not in done]
+        return tasks, [shard for shard in self.shards if self._entry_path(*shard).name not in done]
 
-    def _record(self, split: str, document: Document) -> cache.Record | BadRecord:
+    def spill(self, task: Task) -> None:
+        """Reads and tokenises the documents of a task.
+
+        Raises:
+          UserError: as `Source.read`; a document has no tokens, or holds a sentinel.
+        """
+        write_spill(self._spill_path(task), self.num_shards, self._records(task))
+
+    def _records(self, task: Task) -> Iterator[Record | BadRecord]:
+        documents = self.corpus.source.read(task.split, task.part_number, task.part)
+        for number, document in enumerate(documents):
+            if number % task.turns != task.turn:
+                continue
+            record = document if isinstance(document, BadRecord) else self._record(task.split, document)
+            if isinstance(record, BadRecord):
+                self.corpus.source.check_skippable(record)
+            yield record
+
+    def _record(self, split: str, document: Document) -> Record | BadRecord:
         tokens = self.vocabulary.encode(document.text)
         if not len(tokens):
             return BadRecord("the text is empty or blank, it has no tokens", document.place)
         if tokens.max() >= self.vocabulary.vocab_size - self.vocabulary.num_sentinels:
             # In training it could not be told from a sentinel that the objective put in.
             return BadRecord("the text contains a sentinel like <extra_id_0>", document.place)
-        return cache.encode_record(
+        return encode_record(
             self.corpus.name,
             split,
             document.position,
             tokens=tokens,
             num_bytes=len(document.text.encode("utf-8")),
             metadata=document.metadata,
-            dtype=cache.token_dtype(self.vocabulary.vocab_size),
+            dtype=token_dtype(self.vocabulary.vocab_size),
         )
 
-    def write(self, split: str, shard: int, records: Iterable[cache.Record | BadRecord]) -> None:
-        """Writes one shard, and beside it what the manifest is to say of it."""
-        good, skipped = [], collections.Counter()
-        for record in records:
-            if isinstance(record, BadRecord):
-                skipped[record.reason] += 1
-            else:
-                good.append(record)
-        entry = cache.write_shard(self.folder, split, shard, self.num_shards, good)
-        self._entry_path(split, shard).write_text(json.dumps({"shard": entry, "skipped": skipped}))
+    def write(self, split: str, shard: int) -> None:
+        """Writes one shard from the spills, and beside it what the manifest is to say of it."""
+        spills = [self._spill_path(task) for task in self.tasks if task.split == split]
+        records = (record for spill in spills for record in read_spill(spill, shard))
+        entry = write_shard(self.folder, split, shard, self.num_shards, records)
+        files.write_atomically(self._entry_path(split, shard), json.dumps(entry).encode())
 
     def finish(self) -> None:
         """Collects the shards' entries and writes the manifest. Raises UserError if a split has no document."""
@@ -85,111 +117,119 @@ class CacheWriter:
             "corpus": self.corpus.name,
             "version": self.corpus.version,
             "vocabulary": {**self.vocabulary.description, "fingerprint": self.vocabulary.fingerprint},
-            "token_dtype": cache.token_dtype(self.vocabulary.vocab_size).str,
+            "token_dtype": token_dtype(self.vocabulary.vocab_size).str,
             "source": self.corpus.source.describe(),
             "splits": splits,
         }
-        cache.write_manifest(self.folder, manifest)
+        write_manifest(self.folder, manifest)
 
     def _split_entry(self, split: str) -> dict:
-        shards, skipped = [], collections.Counter()
-        for shard in range(self.num_shards):
-            path = self._entry_path(split, shard)
-            entry = json.loads(path.read_text())
-            path.unlink()
-            shards.append(entry["shard"])
-            skipped.update(entry["skipped"])
+        shards = [json.loads(self._entry_path(split, shard).read_text()) for shard in range(self.num_shards)]
         totals = {count: sum(shard[count] for shard in shards) for count in ("documents", "tokens", "bytes")}
         if not totals["documents"]:
             raise no_documents(self.corpus.source, split)
+        skipped = collections.Counter()
+        for task in self.tasks:
+            if task.split == split:
+                skipped.update(skipped_in(self._spill_path(task)))
         fields = sorted(set().union(*(shard.pop("metadata_fields") for shard in shards)))
         return {**totals, "skipped": dict(sorted(skipped.items())), "metadata_fields": fields, "shards": shards}
 
-    def _entry_path(self, split: str, shard: int) -> Path:
-        return self.folder / f"{split}-{shard:05d}.entry.json"
+    def _spill_path(self, task: Task) -> epath.Path:
+        name = f"{task.split}-{task.part_number:05d}-{task.turn:02d}-of-{task.turns:02d}.spill"
+        return self.work / name
+
+    def _entry_path(self, split: str, shard: int) -> epath.Path:
+        return self.work / f"{split}-{shard:05d}.json"
 
 
 def write_cache(
     corpus: Corpus,
     vocabulary: Vocabulary | ByteVocabulary,
-    cache_dir: str | Path,
+    cache_dir: str | os.PathLike,
     *,
     num_shards: int,
     beam_flags: Sequence[str] | None = None,
 ) -> None:
     """Tokenises all splits of a corpus into `<cache_dir>/<corpus.name>`, replacing what is there once it is complete.
 
+    What an interrupted call with the same arguments has done is not done again, whichever engine did it.
+
     Args:
       corpus: what to read.
       vocabulary: how to tokenise.
-      cache_dir: a local or shared folder: all Beam workers must see it under this path.
+      cache_dir: a folder of this machine, a shared one or a bucket's; all Beam workers must see it under this path.
       num_shards: shards of each split.
       beam_flags: None reads in this process, otherwise the command-line flags of a Beam pipeline.
 
     Raises:
-      UserError: as `Source.read`; a document has no tokens; a split has no document; Beam is not installed.
+      UserError: as `Source.read`; a document has no tokens; a split has no document; Beam is not installed; another
+        process is writing the same cache.
     """
-    with cache.writing(cache_dir, corpus.name) as folder:
-        writer = CacheWriter(corpus, vocabulary, folder.resolve(), num_shards)
+    if beam_flags is not None:
+        _require_beam()
+    plan = {
+        "version": corpus.version,
+        "vocabulary": vocabulary.fingerprint,
+        "source": corpus.source.describe(),
+        "shards": num_shards,
+    }
+    with writing(cache_dir, corpus.name, plan) as folder:
+        if (folder / MANIFEST).exists():
+            return  # interrupted when all was done
+        work = work_folder(folder, plan)
+        writer = CacheWriter(
+            corpus, vocabulary, _seen_anywhere(folder), _seen_anywhere(work), num_shards, _tasks(corpus)
+        )
+        tasks, shards = writer.waiting()
+        if len(tasks) < len(writer.tasks):
+            print(
+                f"{folder}: goes on where it was interrupted, with {len(tasks)} of {len(writer.tasks)} tasks and "
+                f"{len(shards)} of {len(writer.shards)} shards to do",
+                file=sys.stderr,
+            )
         if beam_flags is None:
-            for split in corpus.source.splits:
-                _write_split(writer, split)
+            _run_here(writer, tasks, shards)
         else:
-            _run_beam(writer, beam_flags)
+            _run_beam(writer, tasks, shards, beam_flags)
         writer.finish()
 
 
-def _write_split(writer: CacheWriter, split: str) -> None:
-    """Spills the records of a split to one file a shard, then sorts and writes shard by shard."""
-    spills = [writer.folder / f"{split}-{shard:05d}.spill" for shard in range(writer.num_shards)]
-    progress = tqdm.tqdm(
-        desc=f"{writer.corpus.name} {split}", unit=" documents", mininterval=2, disable=None
-    )  # None: a terminal only
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(progress)
-        files = [stack.enter_context(open(spill, "wb")) for spill in spills]
-        for part_number, part in enumerate(writer.corpus.source.parts(split)):
-            for _, document in writer.read(split, part_number, part):
-                (_, shard), record = writer.tokenize(split, document)
-                pickle.dump(record, files[shard], pickle.HIGHEST_PROTOCOL)
-                progress.update()
-    for shard, spill in enumerate(spills):
-        writer.write(split, shard, _unpickle(spill))
-        spill.unlink()
+def _seen_anywhere(folder: epath.Path) -> epath.Path:
+    """Not relative to a working directory, since workers have another."""
+    return folder if files.is_remote(folder) else folder.resolve()
 
 
-def _unpickle(path: Path) -> Iterator[cache.Record | BadRecord]:
-    with open(path, "rb") as file:
-        while file.peek(1):
-            yield pickle.load(file)
+def _tasks(corpus: Corpus) -> list[Task]:
+    source, tasks = corpus.source, []
+    for split in source.splits:
+        for number, part in enumerate(source.parts(split)):
+            turns = min(max(1, -(-source.part_size(part) // _TURN_BYTES)), _MOST_TURNS)
+            tasks += [Task(split, number, part, turn, turns) for turn in range(turns)]
+    return tasks
 
 
-def _run_beam(writer: CacheWriter, flags: Sequence[str]) -> None:
+def _run_here(writer: CacheWriter, tasks: Sequence[Task], shards: Sequence[tuple[str, int]]) -> None:
+    name = writer.corpus.name
+    for task in tqdm.tqdm(tasks, f"{name}: tokenising", disable=None):  # None: a bar on a terminal only
+        writer.spill(task)
+    for split, shard in tqdm.tqdm(shards, f"{name}: writing shards", disable=None):
+        writer.write(split, shard)
+
+
+def _require_beam() -> None:
     try:
-        import apache_beam as beam
+        import apache_beam  # noqa: F401
     except ImportError as error:
         raise UserError("--runner needs Apache Beam; install it with: pip install 't5x_domain[beam]'.") from error
-    source = writer.corpus.source
-    parts = [(split, *part) for split in source.splits for part in enumerate(source.parts(split))]
-    shards = [(split, shard) for split in source.splits for shard in range(writer.num_shards)]
+
+
+def _run_beam(
+    writer: CacheWriter, tasks: Sequence[Task], shards: Sequence[tuple[str, int]], flags: Sequence[str]
+) -> None:
     try:
-        with _beam_pipeline(flags) as pipeline:
-            records = (
-                pipeline
-                | "parts" >> beam.Create(parts)
-                | "spread parts" >> beam.Reshuffle()
-                | "read" >> beam.FlatMapTuple(writer.read)
-                | "spread documents" >> beam.Reshuffle()
-                | "tokenize" >> beam.MapTuple(writer.tokenize)
-            )
-            # Every shard is written, also one that no record falls into.
-            empty = pipeline | "shards" >> beam.Create([(shard, None) for shard in shards])
-            (
-                (records, empty)
-                | beam.Flatten()
-                | beam.GroupByKey()
-                | "write" >> beam.MapTuple(functools.partial(_write_group, writer))
-            )
+        with beam_pipeline(flags) as pipeline:
+            add_work(pipeline, writer, tasks, shards)
     except Exception as error:
         # Beam hands on the text of a worker's error, not its type.
         if message := re.search(r"UserError: (.+?)(?: \[while running|\n|$)", f"{type(error).__name__}: {error}"):
@@ -197,11 +237,29 @@ def _run_beam(writer: CacheWriter, flags: Sequence[str]) -> None:
         raise
 
 
-def _write_group(writer: CacheWriter, key: tuple[str, int], records: Iterable[cache.Record | BadRecord | None]) -> None:
-    writer.write(*key, (record for record in records if record is not None))
+def add_work(
+    pipeline: "beam.Pipeline", writer: CacheWriter, tasks: Sequence[Task], shards: Sequence[tuple[str, int]]
+) -> None:
+    """Adds the steps to a pipeline: all tasks, and when they are done all shards, each spread over the workers."""
+    import apache_beam as beam
+
+    spilled = (
+        pipeline
+        | "tasks" >> beam.Create([tuple(task) for task in tasks], reshuffle=False)
+        | "spread tasks" >> beam.Reshuffle()
+        | "tokenize" >> beam.Map(lambda task: writer.spill(Task(*task)))
+        | "all tasks" >> beam.combiners.Count.Globally()
+    )
+    (
+        pipeline
+        | "shards" >> beam.Create(shards, reshuffle=False)
+        | "spread shards" >> beam.Reshuffle()
+        | "write" >> beam.Map(lambda shard, _: writer.write(*shard), beam.pvalue.AsSingleton(spilled))
+    )
 
 
-def _beam_pipeline(flags: Sequence[str]) -> "beam.Pipeline":
+def beam_pipeline(flags: Sequence[str]) -> "beam.Pipeline":
+    """An empty pipeline that will run as the flags say."""
     import apache_beam as beam
     from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
     from apache_beam.runners.portability.fn_api_runner import FnApiRunner

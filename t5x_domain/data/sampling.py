@@ -66,16 +66,21 @@ class ConcatAndSplit(Sampler):
         rates: Sequence[float],
         seed: int,
         keys: Sequence[tuple[int, ...]] | None = None,
+        first_row: int = 0,
     ):
-        """`keys` name the components among those of all phases; by default they are numbered."""
+        """`keys` name the components among those of all phases; by default they are numbered. The components take turns
+        as they would from row `first_row` on, so that lanes that begin apart are not all at the same component."""
         self._lines = list(zip(num_tokens, raw_lengths, strict=True))
         self._shares = [rate / sum(rates[component:]) for component, rate in enumerate(rates)]
         self._seed = seed
         self._keys = keys or [(component,) for component in range(len(rates))]
         self._starts = [0] * len(rates)
+        self._first_row = first_row
+        self._before = self._counts(first_row)
 
     def rows(self, start: int, stop: int) -> list[list[Piece]]:
-        return [[self._piece(*self._component(row))] for row in range(start, stop)]
+        turns = map(self._component, range(self._first_row + start, self._first_row + stop))
+        return [[self._piece(component, nth - self._before[component])] for component, nth in turns]
 
     def num_rows(self, epochs: float, components: Sequence[int]) -> int:
         if len(self._lines) == 1:  # Chunks of an epoch are full but one.
@@ -87,8 +92,8 @@ class ConcatAndSplit(Sampler):
         self._starts = [starts.get(key, 0) for key in self._keys]
 
     def consumed(self, num_rows: int) -> dict[tuple[int, ...], int]:
-        positions = zip(self._keys, self._starts, self._counts(num_rows), strict=True)
-        return {key: start + count for key, start, count in positions}
+        positions = zip(self._keys, self._starts, self._counts(self._first_row + num_rows), self._before, strict=True)
+        return {key: start + count - before for key, start, count, before in positions}
 
     def _share(self, component: int) -> float:
         return self._shares[component] * math.prod(1 - share for share in self._shares[:component])

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from t5x_domain.data.offsets import Offsets
 from t5x_domain.data.sampling import Piece, permuted
 
 # Documents stand in stored order within a block and blocks in random order; a block is read together. Small corpora
@@ -17,6 +18,8 @@ _LEAST_BLOCKS, _LEAST_BLOCK_TOKENS = 64, 1 << 10
 _GRID = 128
 # Pieces are not cut below this share of the longest that a row holds to make room beside them.
 _LEAST_CUT = 0.25
+# Lengths of documents are counted this many at a time.
+_DOCUMENTS_AT_ONCE = 1 << 20
 
 
 class Source:
@@ -25,7 +28,7 @@ class Source:
     Every epoch permutes blocks of documents. A position counts tokens over all epochs.
     """
 
-    def __init__(self, key: tuple[int, ...], offsets: np.ndarray):
+    def __init__(self, key: tuple[int, ...], offsets: Offsets):
         """`key` tells it from other sources; `offsets` is int64 [documents + 1], tokens before each document."""
         self.key = key
         self.offsets = offsets
@@ -57,7 +60,7 @@ class Source:
 
     def _border(self, token: int) -> int:
         """The first token at or after `token` where a document begins or may be divided."""
-        document = int(np.searchsorted(self.offsets, token, side="right")) - 1
+        document = int(self.offsets.searchsorted(token, side="right")) - 1
         if document == len(self.offsets) - 1:
             return self.num_tokens
         begin = int(self.offsets[document])
@@ -131,10 +134,13 @@ class Shape:
 
     def use(self, source: Source) -> np.ndarray:
         """Mean room in (encoder, decoder) by raw token, if every document is cut into longest pieces; float64 [2]."""
-        full, rest = np.divmod(np.diff(source.offsets), self.longest)
-        rests = np.bincount(rest, minlength=self.longest + 1)
+        rests = np.zeros(self.longest + 1, np.int64)  # counts of pieces by their length
+        for start in range(0, len(source.offsets), _DOCUMENTS_AT_ONCE):
+            lengths = np.diff(source.offsets[start : start + _DOCUMENTS_AT_ONCE + 1])
+            full, rest = np.divmod(lengths, self.longest)
+            rests += np.bincount(rest, minlength=self.longest + 1)
+            rests[-1] += full.sum()  # a rest is shorter than the longest
         rests[0] = 0
-        rests[-1] += full.sum()  # counts of pieces by their length; a rest is shorter than the longest
         # Exactly rounded sums, so that every machine plans the same windows.
         room = np.array([math.fsum(mean * rests) for mean in self._mean])
         return (room + self._prefix_cost * (self._mean_prefix * float(rests.sum()))) / source.num_tokens
@@ -142,10 +148,10 @@ class Shape:
     def pieces(self, source: Source, component: int, epoch: int, start: int, stop: int) -> list[tuple]:
         """(piece, encoder, decoder, metadata tokens) of the pieces in [start, stop)."""
         offsets = source.offsets
-        first = np.searchsorted(offsets, start, side="right") - 1
-        last = np.searchsorted(offsets, stop, side="left")
-        begins = np.maximum(offsets[first:last], start)
-        ends = np.minimum(offsets[first + 1 : last + 1], stop)
+        first = offsets.searchsorted(start, side="right") - 1
+        last = offsets.searchsorted(stop, side="left")
+        borders = offsets[first : last + 1]
+        begins, ends = np.maximum(borders[:-1], start), np.minimum(borders[1:], stop)
         counts = -((begins - ends) // self.longest)
         nth = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
         starts = np.repeat(begins, counts) + nth * self.longest

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from t5x_domain.data.cache import CachedSplit
+from t5x_domain.data.offsets import Offsets
 from t5x_domain.data.vocabulary import ByteVocabulary, Vocabulary
 from t5x_domain.errors import UserError
 from t5x_domain.evaluation.perplexity import held_out_scores
@@ -29,9 +30,9 @@ class SomeDocuments:
         self.num_documents = len(chosen)
 
     @functools.cached_property
-    def offsets(self) -> np.ndarray:
+    def offsets(self) -> Offsets:
         """int64 [num_documents + 1]: tokens before each document."""
-        return np.concatenate([np.zeros(1, np.int64), np.cumsum(np.diff(self._split.offsets)[self._chosen])])
+        return Offsets.from_lengths(np.diff(self._split.offsets)[self._chosen])
 
     def documents(self, start: int, stop: int) -> list[np.ndarray]:
         """Tokens of documents [start, stop), each int32 [n]."""

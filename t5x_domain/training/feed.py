@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from t5x_domain.data import packing
 from t5x_domain.data.cache import CachedSplit, TokenCache
 from t5x_domain.data.curriculum import Curriculum, shares_seen
+from t5x_domain.data.lanes import Lanes
 from t5x_domain.data.loader import Batches, iterate
 from t5x_domain.data.tasks import AS_TRAINED, Component, Corpus, Mixture
 from t5x_domain.errors import UserError
@@ -167,29 +168,33 @@ class Feed:
         )
         return cache.split(split)
 
-    def _batches(self, mixture: Mixture, split: str, **more: Any) -> Batches:
-        opened = {c.corpus.name: self._split(c.corpus.name, c.corpus.version, split) for c in mixture.components}
-        return self._batches_of(list(opened.values()), mixture, **more)
+    def _splits(self, mixture: Mixture, split: str) -> list[CachedSplit]:
+        return [self._split(corpus.name, corpus.version, split) for corpus in mixture.corpora]
+
+    @property
+    def _this_host(self) -> dict[str, int]:
+        return {"host": self.share, "num_hosts": self.num_shares}
 
     def _batches_of(self, splits: Sequence[CachedSplit], mixture: Mixture, **more: Any) -> Batches:
         run = self._run
-        return Batches(
-            splits,
-            mixture,
-            run.vocabulary,
-            lengths=run.lengths,
-            layout=self._layout,
-            batch_size=run.batch_size,
-            seed=run.seed,
-            packing=run.packing,
-            host=self.share,
-            num_hosts=self.num_shares,
-            component_names=[component.name for component in self.components],
-            **more,
-        )
+        settings = {
+            "lengths": run.lengths,
+            "layout": self._layout,
+            "batch_size": run.batch_size,
+            "seed": run.seed,
+            "packing": run.packing,
+            "component_names": [component.name for component in self.components],
+        }
+        return Batches(splits, mixture, run.vocabulary, **settings | self._this_host | more)
 
-    def _train_batches(self, mixture: Mixture, subset: Mapping[str, float]) -> Batches:
-        return self._batches(mixture, self._run.train_split, subset=subset)
+    def _train_batches(self, mixture: Mixture, subset: Mapping[str, float]) -> Batches | Lanes:
+        run = self._run
+        splits = self._splits(mixture, run.train_split)
+        if run.lanes is None:
+            return self._batches_of(splits, mixture, subset=subset)
+        whole = {"host": 0, "num_hosts": 1}  # a lane is one host's
+        open_lane = functools.partial(self._batches_of, splits, mixture, subset=subset, **whole)
+        return Lanes(open_lane, run.lanes, batch_size=run.batch_size, **self._this_host)
 
     def _held_out_name(self, component: Component) -> str:
         """The corpus's name; the component's where a corpus is scored with several objectives."""
@@ -205,7 +210,7 @@ class Feed:
         if key not in self._held_out:
             alone = Mixture(name=asked.name, components=[asked])
             split = self._split(asked.corpus.name, asked.corpus.version, self._run.eval_split)
-            batches = self._batches(alone, self._run.eval_split, epochs=1, room_for=trained)
+            batches = self._batches_of([split], alone, epochs=1, room_for=trained)
             self._held_out[key] = batches, split.num_bytes / split.num_tokens
         return self._held_out[key]
 

@@ -70,6 +70,8 @@ class Run:
       profile_steps: the first and the last update of which a profiler's trace is written, counted from 1; None for
         none (SIGUSR1 asks for one at any time, see training/profiling.py).
       wandb_project: the project of Weights & Biases that is told what TensorBoard is told; None for none.
+      lanes: rows of a batch that read a part of the corpus of their own, so that a host reads only its shards, see
+        data/lanes.py: a multiple of the hosts, and a divisor of the batch; None lets every row come from anywhere.
     """
 
     run_dir: str
@@ -104,6 +106,7 @@ class Run:
     data_workers: int = 0
     profile_steps: tuple[int, int] | None = None
     wandb_project: str | None = None
+    lanes: int | None = None
 
     def __post_init__(self) -> None:
         """Raises UserError for values that no run can have."""
@@ -146,6 +149,7 @@ class Run:
             "Run.lengths": dict(self.lengths),
             "Run.packing": self.packing,
             "Run.batch_size": self.batch_size,
+            "Run.lanes": self.lanes,
             "Run.seed": self.seed,
             **{f"Run.{key}": getattr(self, key) for key in _INIT},
             "Updates.optimizer": repr(self.updates.optimizer),

@@ -5,6 +5,8 @@ import itertools
 
 import numpy as np
 
+from t5x_domain.data.offsets import Offsets
+
 
 @dataclasses.dataclass(frozen=True)
 class MemorySplit:
@@ -28,7 +30,7 @@ class MemorySplit:
 
     @property
     def offsets(self):
-        return np.concatenate([[0], np.cumsum(self.lengths)])
+        return Offsets.from_lengths(self.lengths)
 
     def documents(self, start, stop):
         borders = itertools.pairwise(self.offsets[start : stop + 1])

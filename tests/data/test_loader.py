@@ -140,7 +140,7 @@ def test_first_fit_rows_are_full_and_hold_whole_documents():
     longer = make(packing="first_fit", batch_size=64, lengths={"inputs": 512, "targets": 128}).packing_stats(range(8))
     assert longer.encoder > 0.97
     assert longer.dropped_tokens == 0
-    ends = {f"{split.corpus}_span_corruption": set(split.offsets.tolist()) for split in SPLITS}
+    ends = {f"{split.corpus}_span_corruption": set(np.asarray(split.offsets).tolist()) for split in SPLITS}
     seen = [s for step in range(8) for s in batches.seen(step)]
     whole = [s.start_token in ends[s.component] and s.stop_token in ends[s.component] for s in seen]
     # The 24 % of 71 … 89 tokens are longer than a row and come in two pieces: 0.76 / (0.76 + 2 x 0.24) = 0.61 whole.

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from t5x_domain.data import cache
+from t5x_domain.data import cache, cache_writer
 from t5x_domain.data.cache import TokenCache
 from t5x_domain.data.vocabulary import ByteVocabulary
 from t5x_domain.errors import UserError
@@ -19,7 +19,7 @@ TEXTS = [f"§ {number} " + "x" * (number % 5) for number in range(len(SOURCES))]
 def split(tmp_path_factory):
     dtype = cache.token_dtype(VOCABULARY.vocab_size)
     records = [
-        cache.encode_record(
+        cache_writer.encode_record(
             "law",
             "validation",
             (0, number),
@@ -31,15 +31,17 @@ def split(tmp_path_factory):
         for number, (text, source) in enumerate(zip(TEXTS, SOURCES, strict=True))
     ]
     folder = tmp_path_factory.mktemp("cache")
-    with cache.writing(folder, "law") as partial:
+    with cache_writer.writing(folder, "law") as partial:
         shards = [
-            cache.write_shard(partial, "validation", i, 2, [r for r in records if cache.shard_of(r, 2) == i])
+            cache_writer.write_shard(
+                partial, "validation", i, 2, [r for r in records if cache_writer.shard_of(r, 2) == i]
+            )
             for i in range(2)
         ]
         totals = {count: sum(shard[count] for shard in shards) for count in ("documents", "tokens", "bytes")}
         entry = {**totals, "metadata_fields": ["number", "source"], "shards": shards}
         manifest = {"corpus": "law", "version": 1, "vocabulary": {"fingerprint": "f"}, "token_dtype": dtype.str}
-        cache.write_manifest(partial, {**manifest, "splits": {"validation": entry}})
+        cache_writer.write_manifest(partial, {**manifest, "splits": {"validation": entry}})
     return TokenCache.open(folder, "law").split("validation")
 
 

@@ -10,6 +10,7 @@ import pytest
 from t5x_domain import cli
 from t5x_domain.data.loader import Batches
 from t5x_domain.data.mixtures import mixture_of_denoisers
+from t5x_domain.data.offsets import Offsets
 from t5x_domain.data.packing import DecoderOnly, EncoderDecoder, EncoderOnly
 from t5x_domain.data.sources import JsonlSource
 from t5x_domain.data.tasks import Corpus, register
@@ -36,7 +37,7 @@ class Split:
     @property
     def offsets(self):
         sizes = np.random.default_rng(0).integers(20, 90, self.num_documents)
-        return np.concatenate([[0], np.cumsum(sizes)])
+        return Offsets.from_lengths(sizes)
 
     def documents(self, start, stop):
         return [np.arange(a, b, dtype=np.int32) % 26 + 100 for a, b in zip(*self._borders(start, stop), strict=True)]
