@@ -17,6 +17,7 @@ from t5x_domain.errors import UserError
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: start the same command again
 DAY = 24 * 3600 * 1000  # milliseconds: as good as for ever, since a lost process ends all that wait for it
 _ENDED, _GONE = "t5x_domain/ended", "t5x_domain/gone/"
+_AGAIN = "the same command goes on from the last checkpoint"
 _FAREWELL_SECONDS = 2.0  # for which process 0, which carries the messages, outlives what it says
 
 
@@ -143,7 +144,6 @@ class Peers:
         print(f"t5x-domain: process {self.index}: {sentence}", file=sys.stderr, flush=True)
 
 
-_AGAIN = "the same command goes on from the last checkpoint"
 _HANDLERS: list[Any] = []  # C keeps a pointer to them
 
 

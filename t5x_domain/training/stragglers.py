@@ -64,12 +64,13 @@ class Stragglers:
 
     def report(self, step: int) -> None:
         """Sends this process's times since the last report, and in process 0 writes those that were sent then."""
+        times, self._times = self._times, []
         if self._peers is None:
             return
         self._write_reported()
         key = f"{_STEPS}{step}/{self._peers.index:06}"
-        self._peers.client.key_value_set(key, json.dumps(summary(self._times)))
-        self._reported, self._times = step, []
+        self._peers.client.key_value_set(key, json.dumps(summary(times)))
+        self._reported = step
 
     def _write_reported(self) -> None:
         if self._lines is None or self._reported is None:

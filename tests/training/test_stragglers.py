@@ -62,5 +62,6 @@ def test_time_is_told_apart(tmp_path):
         assert device == pytest.approx(0.1, abs=0.03)
         assert 0.17 <= step < 0.3
     stragglers.report(2)
+    assert stragglers._times == []
     stragglers.close()
     assert not list(tmp_path.iterdir())  # alone there is nobody to compare with
