@@ -17,7 +17,8 @@ MODEL = @EncoderDecoder
 VOCABULARY_SIZE = 320
 LENGTHS = {'inputs': 32, 'targets': 16}
 BATCH_SIZE = 8
-ModelConfig.vocab_size = 512
+rsqrt.warmup_steps = 100
+ModelConfig.vocab_size = 576
 ModelConfig.embed_dim = 16
 ModelConfig.mlp_dim = 16
 ModelConfig.num_heads = 2
@@ -77,8 +78,8 @@ def test_interrupted_and_resumed_among_faults_it_ends_like_one_on_this_machine(
     prepared, bucket, proxy, tmp_path, capsys
 ):
     assert call(train, prepared, f"--run_dir={tmp_path}/local", f"--gin.TRAIN_STEPS={STEPS}") == 0
-    # Every seventh request fails, in turn with an error of the server and with a connection that breaks.
-    proxy.fault = lambda number, method, path: ("503", "reset")[number // 7 % 2] if number % 7 == 0 else None
+    # Every twentieth request fails, in turn with an error of the server and with a connection that breaks.
+    proxy.fault = lambda number, method, path: ("503", "reset")[number // 20 % 2] if number % 20 == 0 else None
     assert call(train, prepared, f"--run_dir={bucket}/run", f"--gin.TRAIN_STEPS={STEPS // 2}") == 0
     exported = f"--export_on_finish={bucket}/exported"
     assert call(train, prepared, f"--run_dir={bucket}/run", f"--gin.TRAIN_STEPS={STEPS}", exported) == 0
