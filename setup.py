@@ -37,6 +37,7 @@ setup(
         "ml_dtypes>=0.5",
         "tensorstore>=0.1.74",
         "etils>=1.12",
+        "fsspec>=2026.9",
         "pyarrow>=18",
         "zstandard>=0.23",
         "tensorboardX>=2.6,<3",
@@ -51,6 +52,8 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]>=0.11.2,<0.13"],
         "cuda": ["jax[cuda13]>=0.11.2,<0.13"],
+        "gcp": ["gcsfs>=2026.9"],
+        "aws": ["s3fs>=2026.9"],
         "beam": ["apache-beam>=2.70"],
         "hf": ["torch>=2.6", "transformers>=4.50"],
         "dev": [
@@ -63,6 +66,13 @@ setup(
             "safetensors>=0.5",
             "tokenizers>=0.21",
             "tensorboard>=2.19",
+            # Buckets, and servers of their protocols for the tests.
+            "gcsfs>=2026.9",
+            "s3fs>=2026.9",
+            "flask>=3",
+            "flask-cors>=6",
+            "gcp-storage-emulator>=2026.7",
+            "moto[s3]>=5.2",
         ],
     },
     entry_points={"console_scripts": ["t5x-domain=t5x_domain.cli:main"]},

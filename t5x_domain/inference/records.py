@@ -66,9 +66,7 @@ class Answers:
           UserError: the file is complete already, belongs to something else, or cannot be written.
         """
         if files.is_remote(path):
-            raise UserError(
-                f"--output={path}: answers are appended, which no bucket allows; give a file of this machine."
-            )
+            raise UserError(f"--output={path}: answers are appended, which buckets do not allow; give a local file.")
         self._path, self._partial = Path(path), Path(f"{path}.partial")
         header = {"asked": json.loads(json.dumps(asked, default=str))}
         if self._path.exists():
