@@ -101,7 +101,7 @@ def retrying[T](place: object, call: Callable[..., T], *arguments: Any, **option
             if seconds + delay > GIVE_UP_SECONDS:
                 raise StorageError(
                     f"{place}: the storage did not answer in {attempts} attempts over {seconds:.0f} s ({reason}); "
-                    "everything up to the last checkpoint is safe, start the same command again when it does."
+                    "what was complete is safe, start the same command again when it does."
                 ) from error
         logging.getLogger(__name__).warning("%s: %s; attempt %d in %.1f s", place, reason, attempts + 1, delay)
         time.sleep(delay)

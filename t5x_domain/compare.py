@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
 from t5x_domain import cli
 
@@ -20,12 +19,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         bindings.append(f"HeadToHead.out_dir = {flags.out_dir!r}")
 
     def body() -> None:
+        from t5x_domain import files
+
         # Known before the gin file is read, hence imported first.
         from t5x_domain.evaluation.head_to_head import HeadToHead, head_to_head
 
         cli.load_gin(flags.gin_file, bindings, flags.gin_search_path)
         report = head_to_head(cli.build(HeadToHead), flags.base, flags.adapted)
-        summary = json.loads(Path(report).with_name("verdict.json").read_text(encoding="utf-8"))["summary"]
+        summary = json.loads((files.path(report).parent / "verdict.json").read_text(encoding="utf-8"))["summary"]
         for group, tally in summary.items():
             print(f"{group}: {tally['win']} won, {tally['tie']} tied, {tally['loss']} lost")
         print(report)

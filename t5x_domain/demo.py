@@ -2,12 +2,13 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from t5x_domain import cli
 
 if TYPE_CHECKING:
+    from etils import epath
+
     from t5x_domain.evaluation.fill import Filled
     from t5x_domain.evaluation.perplexity import Measure
     from t5x_domain.training.run import Run
@@ -27,6 +28,7 @@ def _demo(gin_files: Sequence[str], run_dir: str, bindings: Sequence[str], searc
     tails = {"RUN_DIR": "", "CACHE_DIR": "/cache", "VOCABULARY_FILE": "/cache/vocabulary.model"}
     places = [f"{name} = {run_dir + tail!r}" for name, tail in tails.items()]
     cli.load_gin(["gin/runs/demo.gin", *gin_files], [*places, *bindings], search_paths)
+    from t5x_domain import files
     from t5x_domain.data.preparation import prepare
     from t5x_domain.evaluation.perplexity import measures
     from t5x_domain.evaluation.report import write_report
@@ -40,11 +42,11 @@ def _demo(gin_files: Sequence[str], run_dir: str, bindings: Sequence[str], searc
     status = train(run)
     if status:
         return status
-    summary = json.loads((Path(run.run_dir) / "eval.json").read_text(encoding="utf-8"))
+    summary = json.loads((files.path(run.run_dir) / "eval.json").read_text(encoding="utf-8"))
     measure = measures(next(scores for corpus, scores in summary["after"].items() if corpus != "step"))[0]
     print(f"\n3. What was learned ({measure.name} of held-out text: the smaller, the better).")
     write_report(run.run_dir, filled=_fill(run))
-    _print_summary(Path(run.run_dir), summary, measure)
+    _print_summary(files.path(run.run_dir), summary, measure)
     return 0
 
 
@@ -70,7 +72,7 @@ def _fill(run: "Run") -> list["Filled"]:
     return filled
 
 
-def _print_summary(run_dir: Path, summary: Mapping[str, Any], measure: "Measure") -> None:
+def _print_summary(run_dir: "epath.Path", summary: Mapping[str, Any], measure: "Measure") -> None:
     before, after = summary["before"], summary["after"]
     form = ",.1f" if measure.key == "perplexity" else measure.form
     for corpus in after:

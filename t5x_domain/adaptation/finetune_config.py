@@ -5,14 +5,15 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import gin
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
+from t5x_domain import files
 from t5x_domain.adaptation.lora import Lora
 from t5x_domain.errors import UserError
 from t5x_domain.files import changed_keys, write_atomically
@@ -139,13 +140,13 @@ class FineTuning:
         }
         return json.loads(json.dumps(described, default=repr))
 
-    def claim_folder(self, identity: Mapping[str, Any]) -> Path:
+    def claim_folder(self, identity: Mapping[str, Any]) -> epath.Path:
         """Creates `out_dir`, or checks that it is this fine-tuning's.
 
         Raises:
           UserError: it holds something else, or cannot be written.
         """
-        folder = Path(self.out_dir)
+        folder = files.path(self.out_dir)
         record = folder / IDENTITY_FILE
         if record.exists():
             before = json.loads(record.read_text(encoding="utf-8"))

@@ -2,16 +2,17 @@
 
 import contextlib
 import dataclasses
+import io
 import json
-import shutil
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any
 
 import gin
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from flax import nnx
 
 from t5x_domain.adaptation.finetune_config import TRAIN, VALIDATION, FineTuning
@@ -118,7 +119,7 @@ class SeedRun:
         form: TaskForm,
         data: Mapping[str, Sequence[Any]],
         seed: int,
-        folder: Path,
+        folder: epath.Path,
     ) -> None:
         """Compiles nothing yet."""
         self._tuning, self._model, self._form, self._data, self._seed = tuning, model, form, data, seed
@@ -251,7 +252,9 @@ def _without_frozen(blueprint: Blueprint, loss: Callable[..., Any], frozen: Tree
     return loss_of_the_rest
 
 
-def _finish(tuning: FineTuning, form: TaskForm, data: Mapping[str, Sequence[Any]], folder: Path, params: Tree) -> None:
+def _finish(
+    tuning: FineTuning, form: TaskForm, data: Mapping[str, Sequence[Any]], folder: epath.Path, params: Tree
+) -> None:
     """Predictions and scores of every split but that of training, the model, and no checkpoints any more."""
     scores = {}
     for split, examples in data.items():
@@ -264,14 +267,14 @@ def _finish(tuning: FineTuning, form: TaskForm, data: Mapping[str, Sequence[Any]
             for e, p in zip(examples, predictions, strict=True)
         ]
         write_atomically(folder / f"predictions-{split}.jsonl", ("\n".join(lines) + "\n").encode())
-    shutil.rmtree(folder / "model", ignore_errors=True)  # of an attempt that was interrupted here
+    (folder / "model").rmtree(missing_ok=True)  # of an attempt that was interrupted here
     _write_model(form, params, folder / "model")
     write_atomically(folder / _SCORES, json.dumps(scores, indent=1).encode())
     for name in ("checkpoints", "best"):
-        shutil.rmtree(folder / name, ignore_errors=True)
+        (folder / name).rmtree(missing_ok=True)
 
 
-def _write_model(form: TaskForm, params: Tree, folder: Path) -> None:
+def _write_model(form: TaskForm, params: Tree, folder: epath.Path) -> None:
     """The model as a converted folder; of a task with a head also what `inference.heads` reads."""
     model, named = form.asked, _named(params)
     base, config = model.blueprint.model_class, dataclasses.replace(model.blueprint.config, scan_layers=True)
@@ -279,7 +282,7 @@ def _write_model(form: TaskForm, params: Tree, folder: Path) -> None:
     flat = _named(model.params) | named
     unrolled = leaves(base, model.blueprint.config)
     tensors = {leaf.parts[0]: Tensor.of(np.asarray(flat[leaf.name])) for leaf in unrolled}
-    facts = {**model.facts, "started_from": Path(model.origin).name}
+    facts = {**model.facts, "started_from": PurePath(model.origin).name}
     if template := getattr(form.tuning.task, "input_template", None):
         facts["input_template"] = template
     write_checkpoint(
@@ -288,10 +291,12 @@ def _write_model(form: TaskForm, params: Tree, folder: Path) -> None:
     head = {name.removeprefix("head/"): np.asarray(leaf) for name, leaf in named.items() if name.startswith("head/")}
     if head:
         task, length = form.tuning.task, form.tuning.lengths["inputs"]
-        np.savez(folder / HEAD_FILE, kind=task.kind, length=length, labels=np.array(task.labels or [], str), **head)
+        content = io.BytesIO()
+        np.savez(content, kind=task.kind, length=length, labels=np.array(task.labels or [], str), **head)
+        write_atomically(folder / HEAD_FILE, content.getvalue())
 
 
-def _summary(tuning: FineTuning, folder: Path) -> dict[str, Any]:
+def _summary(tuning: FineTuning, folder: epath.Path) -> dict[str, Any]:
     """Mean and sample standard deviation (None for one seed) of every score over the seeds."""
     by_seed = [json.loads((folder / f"seed_{seed}" / _SCORES).read_text(encoding="utf-8")) for seed in tuning.seeds]
     scores: dict[str, Any] = {}

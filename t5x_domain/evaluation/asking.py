@@ -4,8 +4,9 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from etils import epath
 
 from t5x_domain.data.labelled import Labelled, Task
 from t5x_domain.data.tasks import Corpus
@@ -35,7 +36,7 @@ class Prompted(NamedTuple):
 class Kept:
     """Results in a folder, each computed once."""
 
-    def __init__(self, folder: Path, identity: Mapping[str, str]) -> None:
+    def __init__(self, folder: epath.Path, identity: Mapping[str, str]) -> None:
         """Takes the folder for this comparison. Raises UserError if it holds another one."""
         self._folder, record = folder, folder / "comparison.json"
         if record.exists():

@@ -4,12 +4,13 @@ import dataclasses
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import gin
 import numpy as np
+from etils import epath
 
+from t5x_domain import files
 from t5x_domain.adaptation.finetune_config import IDENTITY_FILE, OF_THE_MODEL
 from t5x_domain.errors import UserError
 from t5x_domain.evaluation import metrics
@@ -64,7 +65,7 @@ class FineTuned:
 
     def differences(self) -> list[str]:
         """Settings in which the two fine-tunings differ, but for the model they start from."""
-        records = [Path(folder, IDENTITY_FILE) for folder in (self.base, self.adapted)]
+        records = [files.path(folder) / IDENTITY_FILE for folder in (self.base, self.adapted)]
         if not all(record.exists() for record in records):
             return []
         base, adapted = (json.loads(record.read_text(encoding="utf-8")) for record in records)
@@ -93,22 +94,24 @@ def run_curves(runs: Mapping[str, str]) -> dict[str, dict[str, Curve]]:
     """
     curves = {}
     for name, folder in runs.items():
-        curves[name] = _mean_curve([Path(folder)], "metrics.jsonl", lambda line: line.get("loss"))
+        curves[name] = _mean_curve([files.path(folder)], "metrics.jsonl", lambda line: line.get("loss"))
         if not curves[name]:
             raise UserError(f"{folder}/metrics.jsonl holds no training loss; mend HeadToHead.training_runs['{name}'].")
     return {"Training loss": curves} if curves else {}
 
 
-def _seed_folders(folder: str) -> dict[int, Path]:
+def _seed_folders(folder: str) -> dict[int, epath.Path]:
     found = {
-        int(match[1]): path for path in Path(folder).glob("seed_*") if (match := re.fullmatch(r"seed_(\d+)", path.name))
+        int(match[1]): path
+        for path in files.path(folder).glob("seed_*")
+        if (match := re.fullmatch(r"seed_(\d+)", path.name))
     }
     if not found:
         raise UserError(f"{folder}: no folder seed_K there; give what `finetune` wrote with --out_dir.")
     return dict(sorted(found.items()))
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
+def _lines(path: epath.Path) -> list[dict[str, Any]]:
     """Whole records of a predictions file."""
     if not path.exists():
         raise UserError(f"{path} is missing; let that fine-tuning finish, with a task that has this split.")
@@ -125,7 +128,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _mean_curve(folders: Sequence[Path], file: str, value: Callable[[Mapping[str, Any]], float | None]) -> Curve:
+def _mean_curve(folders: Sequence[epath.Path], file: str, value: Callable[[Mapping[str, Any]], float | None]) -> Curve:
     """Mean over folders, at the steps that all of them have."""
     logged = [
         {line["step"]: number for line in read_json_lines(folder / file) if (number := value(line)) is not None}

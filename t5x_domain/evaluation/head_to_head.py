@@ -7,11 +7,12 @@ command goes on where an interrupted one stopped, and a finished comparison open
 import dataclasses
 import gc
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import gin
+from etils import epath
 
+from t5x_domain import files
 from t5x_domain.conversion.checkpoint import Checkpoint
 from t5x_domain.conversion.formats import open_checkpoint, state_of
 from t5x_domain.conversion.rtd import discriminator
@@ -112,7 +113,7 @@ class HeadToHead:
         return Bootstrap(self.confidence, self.resamples, self.seed)
 
 
-def head_to_head(settings: HeadToHead, base: str, adapted: str) -> Path:
+def head_to_head(settings: HeadToHead, base: str, adapted: str) -> epath.Path:
     """Compares, and writes verdict.json and report.html into `settings.out_dir`.
 
     Args:
@@ -141,7 +142,7 @@ def head_to_head(settings: HeadToHead, base: str, adapted: str) -> Path:
         for one in settings.fine_tuned
         if (differences := one.differences())
     ]
-    kept = Kept(Path(settings.out_dir), _identity(settings, paths))
+    kept = Kept(files.path(settings.out_dir), _identity(settings, paths))
     tuned = [compare_fine_tuned(one.name, one.metric, *one.predictions(), bootstrap) for one in settings.fine_tuned]
     curves = {title: runs for one in settings.fine_tuned for title, runs in one.curves().items()}
     curves |= run_curves(settings.training_runs)

@@ -5,9 +5,11 @@ import itertools
 import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
+from etils import epath
+
+from t5x_domain.conversion.stores import absolute
 from t5x_domain.errors import UserError
 from t5x_domain.evaluation.figures import INK, figures
 from t5x_domain.evaluation.fill import Blank, Filled
@@ -26,7 +28,7 @@ MEANING = {
 PALETTE = ("#3b82c4", "#d9762b", "#2a9d78", "#a86bc4", "#c9485b", "#a08a1f", "#2f9fb3", "#8a6f5c")
 
 
-def write_report(run_dir: str | Path, *, filled: Sequence[Filled] = ()) -> Path:
+def write_report(run_dir: epath.PathLike, *, filled: Sequence[Filled] = ()) -> epath.Path:
     """Writes `run_dir`/report.html, whole or not at all, from the files that a finished run leaves there.
 
     Args:
@@ -39,7 +41,7 @@ def write_report(run_dir: str | Path, *, filled: Sequence[Filled] = ()) -> Path:
     Raises:
       UserError: one of the files is missing or damaged.
     """
-    folder = Path(run_dir).resolve()
+    folder = absolute(run_dir)
     summary = _read(folder / "eval.json", lambda path: json.loads(path.read_text(encoding="utf-8")))
     metrics = _read(folder / "metrics.jsonl", read_json_lines)
     evaluations = _read(folder / "evaluations.jsonl", read_json_lines)
@@ -50,7 +52,7 @@ def write_report(run_dir: str | Path, *, filled: Sequence[Filled] = ()) -> Path:
     return folder / "report.html"
 
 
-def _read(path: Path, reader: Callable[[Path], Any]) -> Any:
+def _read(path: epath.Path, reader: Callable[[epath.Path], Any]) -> Any:
     if not path.exists():
         raise UserError(
             f"{path} is missing; a run writes it by its last step, so start the same training command again."

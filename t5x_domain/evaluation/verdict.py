@@ -30,11 +30,12 @@ import datetime
 import json
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from etils import epath
 
+from t5x_domain import files
 from t5x_domain.errors import UserError
 from t5x_domain.evaluation import metrics
 from t5x_domain.evaluation.statistics import Comparison, hierarchical_bootstrap, multiplicity, paired_bootstrap
@@ -262,9 +263,9 @@ def check_items(name: str, first: Sequence[Any], *others: Sequence[Any], what: s
             raise UserError(f"{name}: {len(other)} answers to {len(first)} {what}s; both models must answer the same.")
 
 
-def write_verdict(verdict: Mapping[str, Any], folder: str | Path) -> Path:
+def write_verdict(verdict: Mapping[str, Any], folder: epath.PathLike) -> epath.Path:
     """Writes `folder`/verdict.json, whole or not at all, and returns its path."""
-    path = Path(folder) / "verdict.json"
+    path = files.path(folder) / "verdict.json"
     write_atomically(path, (json.dumps(verdict, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
     return path
 

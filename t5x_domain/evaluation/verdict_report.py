@@ -3,9 +3,12 @@
 import html
 import itertools
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any
 
+from etils import epath
+
+from t5x_domain import files
 from t5x_domain.evaluation.figures import Curve, figure_of
 from t5x_domain.evaluation.report import PALETTE, STYLE, legend, shown_number
 from t5x_domain.evaluation.verdict_figures import MARKS, OUTCOME_COLOURS, BeforeAfter, Forest, signed, tally_bar
@@ -22,7 +25,7 @@ _SAID = {
 }
 
 
-def write_report(verdict: Mapping[str, Any], folder: str | Path, *, curves: Curves | None = None) -> Path:
+def write_report(verdict: Mapping[str, Any], folder: epath.PathLike, *, curves: Curves | None = None) -> epath.Path:
     """Writes `folder`/report.html, whole or not at all.
 
     Args:
@@ -33,13 +36,13 @@ def write_report(verdict: Mapping[str, Any], folder: str | Path, *, curves: Curv
     Returns:
       The path of the page.
     """
-    path = Path(folder) / "report.html"
+    path = files.path(folder) / "report.html"
     write_atomically(path, _page(verdict, curves or {}).encode())
     return path
 
 
 def _page(verdict: Mapping[str, Any], curves: Curves) -> str:
-    base, adapted = (html.escape(Path(verdict[model]).name or verdict[model]) for model in ("base", "adapted"))
+    base, adapted = (html.escape(PurePath(verdict[model]).name or verdict[model]) for model in ("base", "adapted"))
     sections = [
         _section("Tasks, asked with prompts", _tasks(verdict["tasks"])),
         _section("Held-out text, before and after", _perplexity(verdict["perplexity"])),

@@ -4,13 +4,13 @@ import dataclasses
 import functools
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from t5x_domain import files
 from t5x_domain.data.labelled import Labelled
 from t5x_domain.errors import UserError
 from t5x_domain.inference.opened import Opened, open_model
@@ -44,7 +44,7 @@ class Headed:
 
 def has_head(path: str) -> bool:
     """Whether a model folder holds a fine-tuned head."""
-    return (Path(path) / HEAD_FILE).exists()
+    return (files.path(path) / HEAD_FILE).exists()
 
 
 def open_head(path: str, *, flag: str = "--model", mesh: MeshShape = MeshShape()) -> Headed:
@@ -53,11 +53,11 @@ def open_head(path: str, *, flag: str = "--model", mesh: MeshShape = MeshShape()
     Raises:
       UserError: it is no model, it has no head, or the head is damaged or another model's.
     """
-    file = Path(path) / HEAD_FILE
+    file = files.path(path) / HEAD_FILE
     if not file.exists():
         raise UserError(f"{flag}={path}: has no {HEAD_FILE}; give seed_<seed>/model of a fine-tuning with a head.")
     try:
-        with np.load(file) as stored:
+        with file.open("rb") as stream, np.load(stream) as stored:
             arrays = dict(stored)
         kind, length, labels = (arrays.pop(name).tolist() for name in _FACTS)
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:

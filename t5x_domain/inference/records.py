@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from t5x_domain import files
 from t5x_domain.data.lines import read_lines
 from t5x_domain.data.templates import fields_of, filled
 from t5x_domain.errors import UserError
@@ -35,7 +36,7 @@ def read_requests(path: str, template: str) -> Iterator[Request]:
     Raises:
       UserError: a line is no JSON object or lacks a field of the template, named by its number.
     """
-    if not Path(path).is_file():
+    if not files.path(path).is_file():
         needed = ", ".join(f"'{name}'" for name in fields_of(template, "--text_field"))
         raise UserError(f"--input={path}: there is no such file; give JSON lines with a field {needed}.")
     for number, line in enumerate(read_lines(path), 1):
@@ -64,6 +65,8 @@ class Answers:
         Raises:
           UserError: the file is complete already, belongs to something else, or cannot be written.
         """
+        if files.is_remote(path):
+            raise UserError(f"--output={path}: answers are appended, which buckets do not allow; give a local file.")
         self._path, self._partial = Path(path), Path(f"{path}.partial")
         header = {"asked": json.loads(json.dumps(asked, default=str))}
         if self._path.exists():

@@ -60,7 +60,9 @@ class Proxy:
             def _generation(self, status: int) -> list[tuple[str, str]]:
                 """What Google's servers say of each object they send, this one does not, and TensorStore needs."""
                 address, _, query = self.path.partition("?")
-                if status not in (200, 206) or not query.startswith("alt=media"):
+                if status not in (200, 206) or not (
+                    address.startswith("/storage/v1/") and query.startswith("alt=media")
+                ):
                     return []
                 with urllib.request.urlopen(f"http://{HOST}:{port}{address}") as described:
                     return [("X-Goog-Generation", json.load(described)["generation"])]

@@ -17,7 +17,8 @@ MODEL = @EncoderDecoder
 VOCABULARY_SIZE = 320
 LENGTHS = {'inputs': 32, 'targets': 16}
 BATCH_SIZE = 8
-ModelConfig.vocab_size = 512
+rsqrt.warmup_steps = 100
+ModelConfig.vocab_size = 576
 ModelConfig.embed_dim = 16
 ModelConfig.mlp_dim = 16
 ModelConfig.num_heads = 2
@@ -77,8 +78,8 @@ def test_interrupted_and_resumed_among_faults_it_ends_like_one_on_this_machine(
     prepared, bucket, proxy, tmp_path, capsys
 ):
     assert call(train, prepared, f"--run_dir={tmp_path}/local", f"--gin.TRAIN_STEPS={STEPS}") == 0
-    # Every seventh request fails, in turn with an error of the server and with a connection that breaks.
-    proxy.fault = lambda number, method, path: ("503", "reset")[number // 7 % 2] if number % 7 == 0 else None
+    # Every twentieth request fails, in turn with an error of the server and with a connection that breaks.
+    proxy.fault = lambda number, method, path: ("503", "reset")[number // 20 % 2] if number % 20 == 0 else None
     assert call(train, prepared, f"--run_dir={bucket}/run", f"--gin.TRAIN_STEPS={STEPS // 2}") == 0
     exported = f"--export_on_finish={bucket}/exported"
     assert call(train, prepared, f"--run_dir={bucket}/run", f"--gin.TRAIN_STEPS={STEPS}", exported) == 0
@@ -89,8 +90,11 @@ def test_interrupted_and_resumed_among_faults_it_ends_like_one_on_this_machine(
     names = [name for name, _, _ in files.listing(files.path(f"{bucket}/run"))]
     assert sum(name.startswith("tensorboard/events") for name in names) == 2
     assert files.path(f"{bucket}/exported/model.safetensors").exists()
+    assert call(train, prepared, f"--run_dir={bucket}/run", "--gin.TRAIN_STEPS=9", "--gin.Run.seed=1") == 2
+    assert f"{bucket}/run belongs to a run of another configuration: Run.seed was 0, is 1" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("proxy", ["s3"], indirect=True)  # in gs:// Orbax sees to it itself
 def test_a_checkpoint_that_is_not_whole_is_none(prepared, bucket, proxy):
     """Its arrays are there, its last object is not: what a process leaves that is killed while it writes."""
     run = [train, prepared, f"--run_dir={bucket}/run"]
@@ -101,9 +105,3 @@ def test_a_checkpoint_that_is_not_whole_is_none(prepared, bucket, proxy):
     assert all_bits(open_native(f"{bucket}/run")) == whole
     assert call(*run, "--gin.TRAIN_STEPS=4") == 0  # goes on from step 2
     assert [line["step"] for line in read_json_lines(files.path(f"{bucket}/run/metrics.jsonl"))] == [1, 2, 3, 4]
-
-
-def test_another_configuration_is_refused_by_name(prepared, bucket, capsys):
-    assert call(train, prepared, f"--run_dir={bucket}/run", "--gin.TRAIN_STEPS=1") == 0
-    assert call(train, prepared, f"--run_dir={bucket}/run", "--gin.TRAIN_STEPS=2", "--gin.Run.seed=1") == 2
-    assert f"{bucket}/run belongs to a run of another configuration: Run.seed was 0, is 1" in capsys.readouterr().err
