@@ -25,5 +25,6 @@ part() {  # name, seconds, command: a part that fails or hangs does not take the
   timeout "$seconds" "$@" || { echo "== $name failed with status $?"; status=1; }
 }
 part device 60 "$PYTHON" -c "import jax; print(jax.__version__, jax.devices())"
-part train 500 "$PYTHON" benchmarks/gpu_train.py --output="$OUT" "$@"
+part train 330 "$PYTHON" benchmarks/gpu_train.py --output="$OUT" "$@"
+part encoders 200 "$PYTHON" benchmarks/gpu_encoders.py --output="$OUT" "$@"
 exit $status

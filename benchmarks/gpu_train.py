@@ -15,13 +15,13 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from common import environment, train_step_flops
+from common import environment
 from decode import MAX_TOKENS, ours
 
 from t5x_domain import cli
+from t5x_domain.models.flops import train_step_flops
+from t5x_domain.parallel.chips import chip_of
 
-# Dense bfloat16 peak, FLOP/s, by a part of jax's name for the device (NVIDIA's data sheets).
-PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
 LENGTHS = {"inputs": 512, "targets": 114}
 DRY = {"ModelConfig.num_encoder_layers": 1, "ModelConfig.num_decoder_layers": 1, "ModelConfig.embed_dim": 32}
 
@@ -73,8 +73,7 @@ def measure(folder, batch_size, steps, dry):
     del state
     train(run)
     line = json.loads((Path(run.run_dir) / "metrics.jsonl").read_text().splitlines()[-1])
-    flops = train_step_flops(run.config, batch_size, **LENGTHS)
-    peak = next((value for name, value in PEAKS.items() if name in jax.devices()[0].device_kind), None)
+    flops, chip = train_step_flops(run.model, run.config, batch_size, LENGTHS), chip_of(jax.devices()[0])
     return {
         "batch_size": batch_size,
         "parameters": plan.num_parameters,
@@ -83,7 +82,7 @@ def measure(folder, batch_size, steps, dry):
         "tokens_per_second": batch_size * sum(LENGTHS.values()) / seconds,
         "trainer_tokens_per_second": line["tokens_per_second"],
         "model_flops_per_second": flops / seconds,
-        "model_flop_utilisation": peak and flops / seconds / peak,
+        "model_flop_utilisation": chip and flops / seconds / chip.flops,
         "peak_memory_bytes": memory,
         "loss": line["loss"],
     }
