@@ -105,10 +105,11 @@ def least(program: Program, limit: float | None) -> Memory:
 
 
 def _arguments(program: Program) -> tuple[float, float, float]:
-    return _device_bytes(program.parameters), _device_bytes(program.optimizer), _device_bytes(program.batch)
+    return device_bytes(program.parameters), device_bytes(program.optimizer), device_bytes(program.batch)
 
 
-def _device_bytes(tree: Any) -> float:
+def device_bytes(tree: Any) -> float:
+    """Bytes of a tree of shapes with shardings on each device."""
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 

@@ -125,7 +125,7 @@ class Topology:
             raise UserError(
                 f"--topology={self.name}: compiling for TPUs needs libtpu, but no TPU; pip install 't5x_domain[tpu]'."
             )
-        if self.platform == "cuda" and importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
+        if self.platform == "cuda" and importlib.util.find_spec("jax_cuda13_plugin") is None:
             raise UserError(
                 f"--topology={self.name}: needs the CUDA plugin, but no GPU; pip install 't5x_domain[cuda]'."
             )

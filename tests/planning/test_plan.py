@@ -148,8 +148,8 @@ def test_what_writes_answers_lowers(name):
     reading, writing = (forward_flops(run.model, CONFIG, {"inputs": 24, "targets": n}) for n in (0, 8))
     assert made.flops == 16 * (reading + 2 * (writing - reading))
     # The decoder's kernels and the output, of two float32 shares each: nothing of an encoder's.
-    kernels = memory._device_bytes({k: v for k, v in made.parameters.items() if k in ("decoder", "output")})
-    assert kernels <= made.read_by_step < kernels + memory._device_bytes(made.parameters["embedding"])
+    kernels = memory.device_bytes({k: v for k, v in made.parameters.items() if k in ("decoder", "output")})
+    assert kernels <= made.read_by_step < kernels + memory.device_bytes(made.parameters["embedding"])
 
 
 def test_what_has_no_room_for_its_state_is_not_compiled(case, monkeypatch):

@@ -11,6 +11,8 @@ from t5x_domain.planning.topologies import Topology
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
 
+needs_cuda = pytest.mark.skipif(importlib.util.find_spec("jax_cuda13_plugin") is None, reason="needs CUDA's plugin")
+
 
 @pytest.mark.parametrize(
     ("name", "slices", "shown", "chips", "devices"),
@@ -67,3 +69,15 @@ def test_slices_lie_along_the_first_axis_of_the_mesh():
 def test_a_shape_that_no_slice_has():
     with pytest.raises(UserError, match=r"--topology=v5e:3x5: the compiler does not describe it"):
         _ = Topology.of("v5e:3x5").devices
+
+
+@needs_cuda
+@pytest.mark.parametrize("name", ["a100:4", "h100:8", "h200:8x2"])
+def test_each_gpu_is_described_and_is_the_chip_it_is_called(name):
+    topology = Topology.of(name)
+    assert len(topology.devices) == topology.num_devices
+    assert chip_of(topology.devices[0]) is topology.chip
+    mesh = MeshShape(slice=topology.slices).build(topology.devices)
+    assert [{d.process_index for d in devices.flat} for devices in mesh.devices] == [
+        {n} for n in range(topology.slices)
+    ]
