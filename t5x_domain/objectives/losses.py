@@ -8,8 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from t5x_domain.kernels.cross_entropy import TokenScores, cross_entropy
+from t5x_domain.parallel.sharding import parts_of_rows
 
 Batch = Mapping[str, jax.Array]
+
+_CHUNK_TOKENS = 1024  # whose logits a device holds at once
 
 
 @gin.configurable
@@ -77,6 +80,8 @@ def target_scores(
         weights,
         logit_scale=model.logit_scale,
         softcap=model.config.final_logit_softcap,
+        # Of each device so many: over a mesh every chunk gathers the kernel and adds up its gradient.
+        chunk_tokens=_CHUNK_TOKENS * parts_of_rows(len(hidden)),
         **options,
     )
 
