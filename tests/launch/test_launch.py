@@ -26,7 +26,7 @@ def launch(*flags):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
     )
 
 
@@ -130,7 +130,7 @@ def gin_file(tmp_path_factory):
 def test_a_run_is_trained_here_and_the_table_tells(gin_file, tmp_path):
     result = launch(
         "--config=configs/local.py",
-        "--config.local.processes=1",
+        "--config.local.processes=2",
         f"--config.storage={tmp_path / 'runs'}",
         f"--config.logs={tmp_path / 'logs'}",
         f"--config.gin_files=('{gin_file}',)",
@@ -138,7 +138,8 @@ def test_a_run_is_trained_here_and_the_table_tells(gin_file, tmp_path):
     )
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.splitlines()[-1] == "launch: ended with status 0"
-    assert "'fsdp': 2" in (tmp_path / "logs" / "local" / "process-0.txt").read_text()  # of two virtual devices
+    first, second = ((tmp_path / "logs" / "local" / f"process-{i}.txt").read_text() for i in (0, 1))
+    assert "'data': 2, 'fsdp': 2" in first and "held-out" not in second  # two virtual devices each
     assert json.loads((tmp_path / "runs" / "local" / "launch.json").read_text()) == {"exit_status": 0}
     row = status.table([str(tmp_path / "runs")]).splitlines()[1]
     assert row.startswith("local") and " 3/3 " in row and row.endswith("finished")
