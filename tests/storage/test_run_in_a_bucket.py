@@ -8,6 +8,7 @@ from small_models import all_bits
 
 from t5x_domain import files, prepare, train
 from t5x_domain.conversion.native import open_native
+from t5x_domain.training.meter import MACHINE_KEYS
 from t5x_domain.training.metrics import read_json_lines
 
 GIN = """
@@ -67,7 +68,7 @@ def written(run_dir):
     """All that a run says of itself but how fast it went."""
     folder = files.path(run_dir)
     timeless = [
-        {key: value for key, value in line.items() if "second" not in key and "flops" not in key}
+        {key: value for key, value in line.items() if key not in MACHINE_KEYS}
         for line in read_json_lines(folder / "metrics.jsonl")
     ]
     scores = json.loads((folder / "eval.json").read_text())
