@@ -10,13 +10,17 @@ TPU_VENV := .venv-tpu
 # Known to glibc 2.35 and newer on Linux; nothing else takes notice.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: demo test test-kernels test-hf lint clean setup bench studies aot plan
+.PHONY: demo test test-slow test-kernels test-hf lint clean setup bench studies aot plan
 
 demo: setup
 	$(BIN)/python -m t5x_domain.demo
 
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow" tests
+
+# What `test` leaves out: the demo's control, which learns nothing, and runs in s3://.
+test-slow: setup
+	$(BIN)/python -m pytest -n 2 -m slow tests
 
 # Twenty times the examples of attention that `test` tries: a quarter of an hour.
 test-kernels: setup

@@ -33,6 +33,10 @@ def _no_bindings_left_behind():
         sys.modules["gin"].clear_config()
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: left to `make test-slow`, so that `make test` stays under twenty minutes")
+
+
 def pytest_collection_modifyitems(items):
     """The longest tests first, so that they do not run alone at the end."""
     items.sort(key=lambda item: item.path.name not in ("test_demo.py", "test_loop.py"))
