@@ -319,17 +319,6 @@ def test_a_check_needs_a_side_that_transformers_runs(run, tmp_path, t5):
     assert "neither native nor native runs there; convert to huggingface with --check" in error
 
 
-def test_a_bucket_that_cannot_be_reached(run, tmp_path, monkeypatch):
-    from etils import epath
-
-    def refuse(path):
-        raise RuntimeError("Could not resolve\nhost")  # in truth an error of TensorFlow's own
-
-    monkeypatch.setattr(type(epath.Path("a")), "exists", refuse)
-    error = run("gs://bucket/model", tmp_path / "x", fails=True)
-    assert "--from=gs://bucket/model: cannot be reached (Could not resolve host)" in error
-
-
 @pytest.mark.parametrize(
     "make, said",
     [

@@ -64,8 +64,7 @@ def run_with(tmp_path_factory):
 
 
 def feed_of(run, monkeypatch, host=0, num_hosts=1):
-    monkeypatch.setattr(jax, "process_index", lambda: host)
-    monkeypatch.setattr(jax, "process_count", lambda: num_hosts)
+    monkeypatch.setattr("t5x_domain.training.feed.process_share", lambda mesh: (host, num_hosts))
     return Feed(run, run.mesh.build(jax.devices()[:1]))
 
 
