@@ -7,12 +7,10 @@ from typing import Any
 
 import gin
 import jax
-import numpy as np
 from etils import epath
 
 from t5x_domain.conversion.native import open_native
 from t5x_domain.data.curriculum import learning_rate
-from t5x_domain.evaluation.perplexity import headline
 from t5x_domain.files import Growing, write_atomically
 from t5x_domain.models.names import path_name
 from t5x_domain.parallel.peers import EXIT_PREEMPTED
@@ -23,16 +21,12 @@ from t5x_domain.training.feed import Feed
 from t5x_domain.training.goodput import Ledger
 from t5x_domain.training.guard import Guard
 from t5x_domain.training.initial import restore_params, starting_state
-from t5x_domain.training.meter import Meter
-from t5x_domain.training.metrics import MetricsWriter, Progress, Silent, read_json_lines
+from t5x_domain.training.metrics import read_json_lines
 from t5x_domain.training.preemption import PreemptionNotice
-from t5x_domain.training.profiling import Profiler
 from t5x_domain.training.run import Run
 from t5x_domain.training.state import Blueprint
 from t5x_domain.training.step import make_eval_step, make_train_step
-from t5x_domain.training.step_clock import StepClock
-from t5x_domain.training.stragglers import Stragglers
-from t5x_domain.training.weights_and_biases import WeightsAndBiases
+from t5x_domain.training.watch import Watch
 
 
 def train(run: Run, began: float | None = None) -> int:
@@ -72,71 +66,35 @@ def _train(run: Run, ledger: Ledger) -> int:
         closing.callback(records.publish)  # the last of all
         checkpoints = closing.enter_context(contextlib.closing(Checkpoints(run_dir / "checkpoints", run.retention)))
         begins = checkpoints.latest_step is None
-        wandb = None
-        if run.wandb_project is not None and is_first():
-            wandb = WeightsAndBiases(run.wandb_project, records, run.identity(feed.batches.starts))
-            closing.enter_context(contextlib.closing(wandb))
         state, start = starting_state(run, blueprint, transform, checkpoints)
-        ledger.open(records, start, run.total_steps)
-        writer = MetricsWriter(records, start, begins=begins, wandb=wandb) if is_first() else Silent()
-        progress = Progress(start, run.total_steps) if is_first() else Silent()
-        preemption = PreemptionNotice()
-        stragglers = Stragglers(records, start, progress.say)
-        step_clock = StepClock(ledger)
-        profiler = Profiler(records.local / "profile", run.profile_steps, step_clock, progress.say)
-        for each in (writer, progress, preemption, stragglers, step_clock, profiler):
-            closing.enter_context(contextlib.closing(each))
-        last_logged = first_does(lambda: writer.last_logged)
+        watch = Watch(run, feed, schedule, records, ledger, start, begins=begins)
+        closing.enter_context(contextlib.closing(watch))
+        preemption = closing.enter_context(contextlib.closing(PreemptionNotice()))
         guard = Guard(run, feed)
-        meter = Meter(run, feed, schedule, last_logged, start, ledger=ledger, step_clock=step_clock)
-        progress.say(f"{blueprint.num_parameters:,} parameters, mesh {dict(mesh.shape)}, from step {start:,}")
+        watch.say(f"{blueprint.num_parameters:,} parameters, mesh {dict(mesh.shape)}, from step {start:,}")
         for phase in feed.batches.describe() if len(run.phases) > 1 else ():
-            progress.say(phase)
+            watch.say(phase)
 
         def evaluate(step: int) -> dict[str, float]:
-            with step_clock.pause("evaluation"):
-                scores = feed.held_out(eval_step, state.params)
-                writer.evaluated(step, scores)
-            headlines = {corpus: headline(score) for corpus, score in scores.items()}
-            measure = next(name for name, _ in headlines.values())
-            shown = "  ".join(f"{corpus} {value}" for corpus, (_, value) in headlines.items())
-            progress.say(f"step {step:,}/{run.total_steps:,}  held-out {measure}  {shown}")
-            return {"loss": float(np.mean([score["loss"] for score in scores.values()]))}
+            return watch.evaluated(step, lambda: feed.held_out(eval_step, state.params))
 
         if begins:
             evaluate(start)
-        closing.callback(ledger.enter, "checkpoint")  # the last thing to be done is to wait until it is complete
-        ledger.enter("step")
-        for step, batch, raw_tokens in stragglers.of_data(step_clock.timed(feed.train_batches(start))):
-            if len(run.phases) > 1 and (step - 1 in feed.batches.starts or step == start + 1):
-                progress.say(f"step {step:,}: {feed.batches.names[feed.batches.phase_of(step - 1)]}")
-            with profiler.update(step):
-                state, metrics = train_step(state, feed.put(batch))
-                step_clock.dispatched(metrics)
+        for step, batch, raw_tokens in watch.batches(feed.train_batches(start)):
+            state, metrics = watch.update(step, train_step, state, feed.put(batch))
             last, stop = step == run.total_steps, preemption.given
-            with stragglers.waiting_for_device():
+            with watch.waiting_for_device():
                 guard.watch(step, metrics)
-            meter.count(step, batch, raw_tokens)
-            progress.step()
-            stragglers.step()
-            if step == start + 1:
-                step_clock.settle()
-                progress.say(ledger.first_step(step))
+            watch.updated(step, batch, raw_tokens)
             if last or step % run.log_every == 0:
-                stragglers.report(step)
-                line = meter.read(step, metrics)
-                writer.log(step, line)
-                writer.show("goodput", step, ledger.record(step))
-                progress.logged(step, line, meter.seconds_per_step)
+                watch.log(step, metrics)
             held_out = evaluate(step) if last or step % run.eval_every == 0 else None
             if last or stop or step % run.checkpoint_every == 0:
                 guard.settle()
-                writer.publish()
-                with step_clock.pause("checkpoint"):
-                    ledger.record(step)
+                with watch.saving(step):
                     checkpoints.save(state, step, feed.position(step), held_out)
             if stop and not last:
-                progress.say(f"told to stop; saving step {step:,}: the same command goes on from there")
+                watch.say(f"told to stop; saving step {step:,}: the same command goes on from there")
                 return EXIT_PREEMPTED
     ledger.enter("export")
     if is_first():
