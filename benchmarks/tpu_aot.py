@@ -15,7 +15,9 @@ import sys
 from pathlib import Path
 
 from common import RESULTS, environment
-from tpu_common import CHIPS, compile_all, quadratic
+from tpu_common import SMALLEST, VMEM, compile_all, quadratic
+
+from t5x_domain.parallel.chips import CHIPS
 
 LENGTHS, HEAD_DIMS, HEADS = (512, 2048, 8192, 32768), (64, 128), 2
 # Temporary arrays of [B, H, S, D] (D padded to 128) that may be alive at once, in bfloat16: q, k, v, the output and its
@@ -185,22 +187,22 @@ def failures(results):
         if "error" in r:
             yield f"{name}: {r['error'][-600:]}"
             continue
-        chip = CHIPS[r["chip"]]
+        vmem, hbm = VMEM[r["chip"]], CHIPS[r["chip"]].hbm_bytes
         if r["quadratic_buffers"]:
             yield f"{name}: arrays of queries times keys {r['quadratic_buffers']}"
-        if over := {kernel: n for kernel, n in r["scoped_vmem"].items() if n > chip.vmem}:
+        if over := {kernel: n for kernel, n in r["scoped_vmem"].items() if n > vmem}:
             yield f"{name}: kernels ask for more VMEM than there is {over}"
         if missing := [kernel for kernel in KERNELS if not any(kernel in found for found in r["scoped_vmem"])]:
             yield f"{name}: without the kernels {', '.join(missing)}"
         if r.get("temporary_bytes", 0) > r.get("temporary_bytes_limit", 0):
             yield f"{name}: {r['temporary_bytes']} temporary bytes, not linear in the length"
-        if r.get("device_bytes", 0) > chip.hbm:
-            yield f"{name}: {r['device_bytes']} bytes on a device of {chip.hbm}"
+        if r.get("device_bytes", 0) > hbm:
+            yield f"{name}: {r['device_bytes']} bytes on a device of {hbm}"
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--chips", nargs="+", choices=CHIPS, default=list(CHIPS))
+    parser.add_argument("--chips", nargs="+", choices=SMALLEST, default=list(SMALLEST))
     parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS)
     parser.add_argument("--head_dims", nargs="+", type=int, default=HEAD_DIMS)
     parser.add_argument("--models", action="store_true", help="whole train steps instead of attention alone")

@@ -22,43 +22,21 @@ import tempfile
 import time
 from pathlib import Path
 
+from t5x_domain.planning.topologies import Topology
+
 UNITS = ("MXU", "XLU", "VALU", "VPOP", "EUP", "VLOAD", "FILL", "VSTORE", "SPILL", "SALU")
 
 
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """What is needed to compile for a chip.
-
-    Attributes:
-      kind: its name among JAX's devices.
-      topology: the smallest slice that libtpu describes.
-      options: further arguments of `get_topology_desc`.
-      vmem: bytes of vector memory of a TensorCore.
-      hbm: bytes of main memory of a device (tpu7x: half a chip).
-    """
-
-    kind: str
-    topology: str
-    options: dict
-    vmem: int
-    hbm: int
-
-
-_MEGACORE = {"chip_config_name": "megacore"}
-CHIPS = {
-    "v4": Chip("TPU v4", "v4:2x2x1", _MEGACORE, 16 << 20, 32 << 30),
-    "v5e": Chip("TPU v5 lite", "v5e:2x2", {}, 128 << 20, 16 << 30),
-    "v5p": Chip("TPU v5", "v5p:2x2x1", _MEGACORE, 64 << 20, 95 << 30),
-    "v6e": Chip("TPU v6 lite", "v6e:2x2", {}, 128 << 20, 32 << 30),
-    "tpu7x": Chip("TPU7x", "tpu7x:2x2x1", {}, 64 << 20, 96 << 30),
-}
+# The smallest slice of each chip that libtpu describes, and bytes of vector memory of a TensorCore.
+SMALLEST = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
+VMEM = {"v4": 16 << 20, "v5e": 128 << 20, "v5p": 64 << 20, "v6e": 128 << 20, "tpu7x": 64 << 20}
 
 
 def compile_all(cases, *, bundles=False):
     """Compiles cases in one process of their own, since loading libtpu costs more than a small kernel.
 
     Args:
-      cases: dicts of plain JSON: "chip", a name of CHIPS; "builder", "module:function" beside this file, which is
+      cases: dicts of plain JSON: "chip", one of SMALLEST; "builder", "module:function" beside this file, which is
         called with the topology's devices and the case's "arguments" and gives (function, arguments with shardings) or
         (function, arguments, mesh of the shardings); perhaps "topology", a larger slice than the chip's smallest, e.g.
         "v5e:4x4".
@@ -69,16 +47,7 @@ def compile_all(cases, *, bundles=False):
       "kernels": see `kernel_bundles`, if asked for}, or {"error": the compiler's words}.
     """
     with tempfile.TemporaryDirectory() as dump:
-        # The names of a v5e host keep libtpu from asking a metadata server who it is, whatever is compiled for. There
-        # is no device that a second process could be in the way of.
-        environment = os.environ | {
-            "JAX_PLATFORMS": "cpu",
-            "TPU_SKIP_MDS_QUERY": "1",
-            "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-            "TPU_WORKER_HOSTNAMES": "localhost",
-            "TPU_WORKER_ID": "0",
-            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        }
+        environment = os.environ | Topology.of("v5e:2x2").environment
         if bundles:
             flags = {"dump_to": dump, "dump_llo_text": "true", "dump_llo_pass_label_regex": _DUMPED}
             environment["LIBTPU_INIT_ARGS"] = " ".join(f"--xla_jf_{key}={value}" for key, value in flags.items())
@@ -106,16 +75,13 @@ def _serve(cases, dump):
 
 def _compile(dump, chip, builder, arguments, topology=None):
     import jax
-    from jax.experimental import topologies
 
-    described = topologies.get_topology_desc(
-        platform="tpu", topology_name=topology or CHIPS[chip].topology, **CHIPS[chip].options
-    )
+    devices = Topology.of(topology or SMALLEST[chip]).devices
     module, _, name = builder.partition(":")
     began = time.perf_counter()
-    function, shapes, *mesh = getattr(importlib.import_module(module), name)(devices=described.devices, **arguments)
+    function, shapes, *mesh = getattr(importlib.import_module(module), name)(devices=devices, **arguments)
     # Kernels ask for the chip while they are traced, through the mesh in context.
-    context = mesh[0].abstract_mesh if mesh else abstract_mesh(described.devices)
+    context = mesh[0].abstract_mesh if mesh else abstract_mesh(devices)
     with jax.sharding.use_abstract_mesh(context):
         traced = (function if hasattr(function, "trace") else jax.jit(function)).trace(*shapes)
         compiled = traced.lower(lowering_platforms=("tpu",)).compile()

@@ -15,7 +15,9 @@ import sys
 from pathlib import Path
 
 from common import RESULTS, environment
-from tpu_common import CHIPS, compile_all
+from tpu_common import compile_all
+
+from t5x_domain.parallel.chips import CHIPS
 
 MEASURED, HEAD_DIMS, LENGTH, HEADS = ("v5e", "v6e"), (64, 128), 4096, 2
 PEER_BLOCKS = (512, 1024)
@@ -140,7 +142,7 @@ def blocks_of(chip, head_dim, length):
     """{direction: our blocks}."""
     from t5x_domain.kernels.tpu.blocks import chip as known
 
-    chip = known(CHIPS[chip].kind)
+    chip = known(CHIPS[chip].kinds[0])
     return {direction: getattr(chip, direction)[head_dim].fit(length, length) for direction in DIRECTIONS}
 
 

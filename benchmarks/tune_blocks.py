@@ -20,7 +20,9 @@ import time
 from pathlib import Path
 
 from common import RESULTS, environment
-from tpu_common import CHIPS, compile_all
+from tpu_common import SMALLEST, compile_all
+
+from t5x_domain.parallel.chips import CHIPS
 
 LENGTH, HEADS = 4096, 2
 # Head sizes that are measured, and those that get their blocks: 64 fills as many registers as 128, and takes as many
@@ -128,7 +130,7 @@ def take_times(head_dims, candidates):
     import jax
 
     kind = jax.devices()[0].device_kind
-    chip = next(name for name, chip in CHIPS.items() if chip.kind == kind)
+    chip = next(name for name in SMALLEST if kind in CHIPS[name].kinds)
     found = {(chip, head_dim, direction): {} for head_dim in head_dims for direction in DIRECTIONS}
     for key, costs in found.items():
         for blocks in candidates:
@@ -187,7 +189,7 @@ def known_rows():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--chips", nargs="+", choices=CHIPS, default=list(CHIPS))
+    parser.add_argument("--chips", nargs="+", choices=SMALLEST, default=list(SMALLEST))
     parser.add_argument("--head_dims", nargs="+", type=int, choices=HEAD_DIMS, default=list(HEAD_DIMS))
     parser.add_argument("--candidates", type=json.loads, default=CANDIDATES, help="JSON list of [queries, keys, chunk]")
     parser.add_argument("--time", action="store_true", help="on the TPU of this machine (not tried on one yet)")
@@ -203,7 +205,7 @@ def main():
     rows, written = known_rows(), json.loads(flags.output.read_text()) if flags.output.exists() else {}
     for (chip, head_dim, direction), costs in found.items():
         for alike in HEAD_DIMS[head_dim]:
-            rows[direction][CHIPS[chip].kind, alike] = chosen[chip, head_dim, direction]
+            rows[direction][CHIPS[chip].kinds[0], alike] = chosen[chip, head_dim, direction]
         here = written.setdefault(unit, {}).setdefault(chip, {}).setdefault(str(head_dim), {})
         here[direction] = {"x".join(map(str, blocks)): cost for blocks, cost in costs.items()}
     write_table(rows)

@@ -159,7 +159,7 @@ class SeedRun:
             while step < total and not self._is_over(record):
                 state, metrics = self._step(state, self._batch(step))
                 step += 1
-                stop = notice.given and step < total
+                stop = notice.poll() and step < total
                 if step % _LOG_EVERY == 0 or step == total:
                     self._log(writer, step, metrics)
                 evaluated = step % every == 0 or step == total

@@ -82,7 +82,7 @@ def _train(run: Run, ledger: Ledger) -> int:
             evaluate(start)
         for step, batch, raw_tokens in watch.batches(feed.train_batches(start)):
             state, metrics = watch.update(step, train_step, state, feed.put(batch))
-            last, stop = step == run.total_steps, preemption.given
+            last, stop = step == run.total_steps, preemption.poll()
             with watch.waiting_for_device():
                 guard.watch(step, metrics)
             watch.updated(step, batch, raw_tokens)

@@ -22,8 +22,7 @@ class PreemptionNotice:
         if peers() is None and threading.current_thread() is threading.main_thread():
             self._before = signal.signal(signal.SIGTERM, self._receive)
 
-    @property
-    def given(self) -> bool:
+    def poll(self) -> bool:
         """Whether to stop after this step; to be asked once in every step, in all processes."""
         # Not the run's steps: where one is told before its first, JAX takes it to be about to ask for number 1.
         self._asked += 1
