@@ -119,7 +119,7 @@ def require_one(verb: str) -> None:
 
 
 def _explain_absence() -> None:
-    """JAX aborts a process that waits for others in vain."""
+    """JAX aborts a process that waits for others in vain: more often than not their machines are still to come."""
     print(
         f"t5x-domain: the processes of this run did not all come together within {_MEET_SECONDS} s; see that all are "
         "started and reach the host and port of process 0",

@@ -90,10 +90,20 @@ def test_a_job_for_each_slice_a_pod_for_each_host(config):
 
 
 @pytest.mark.parametrize(
-    ("status", "action"), [(2, "FailJobSet"), (75, "RestartJobSetAndIgnoreMaxRestarts"), (1, None), (137, None)]
+    ("ended", "action"),
+    [
+        ([(0.0, 2)], "FailJobSet"),
+        ([(0.0, 75)], "RestartJobSetAndIgnoreMaxRestarts"),
+        ([(0.0, 1)], None),
+        ([(0.0, 137), (66.0, 75)], None),  # killed, and noticed by the others after their heartbeat
+        ([(0.0, 1), (2.0, 1)], None),  # a crash: its peers leave first, with its status (parallel/peers.py)
+        ([(2.0, 2), (0.0, 2)], "FailJobSet"),
+        ([(1.0, 75), (0.0, 75)], "RestartJobSetAndIgnoreMaxRestarts"),
+    ],
 )
-def test_what_becomes_of_the_set_when_a_program_ends(config, status, action):
-    """As the two controllers decide it; None is their default, a restart that counts."""
+def test_what_becomes_of_the_set_when_programs_end(config, ended, action):
+    """As the two controllers decide it, by the first of [(seconds, status)]; None is a restart that counts."""
+    _, status = min(ended)  # backoffLimit is 0: the Job has failed then, and its other pods are ended
     job = job_of(config)
     (container,) = job["template"]["spec"]["containers"]
     rule = job["podFailurePolicy"]["rules"][0]["onExitCodes"]
