@@ -15,6 +15,8 @@ def get_config():
     config.overrides = (
         *("TRAIN_STEPS=100000", "BATCH_SIZE=2048"),
         *("MeshShape.slice=2", "MeshShape.fsdp=64", "MeshShape.data=1"),
+        # Where `prepare` with the same two bindings has put them.
+        *("CACHE_DIR='gs://my-bucket/sample'", "VOCABULARY_FILE='gs://my-bucket/sample/vocabulary.model'"),
     )
     config.accelerator = "v5p"
     config.topology = "4x4x4"
