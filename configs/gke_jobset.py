@@ -24,5 +24,4 @@ def get_config():
     config.image = "us-docker.pkg.dev/my-project/my-repository/t5x_domain:latest"
     config.storage = "gs://my-bucket/runs"
     config.compilation_cache = "gs://my-bucket/compiled"
-    config.gke_jobset.service_account = "trainer"
     return config
