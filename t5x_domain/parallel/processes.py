@@ -46,9 +46,14 @@ def start(heartbeat_seconds: float = HEARTBEAT_SECONDS) -> None:
     # By default JAX ends all processes from C++ when one is lost; so Python is told, and may say which.
     jax.config.update("jax_enable_recoverability", True)
     on_abort(_explain_absence)
-    jax.distributed.initialize(
-        **described, heartbeat_timeout_seconds=round(heartbeat_seconds), initialization_timeout=_MEET_SECONDS
-    )
+    try:
+        jax.distributed.initialize(
+            **described, heartbeat_timeout_seconds=round(heartbeat_seconds), initialization_timeout=_MEET_SECONDS
+        )
+    except RuntimeError as error:
+        if "coordinator address" in str(error):  # the host of process 0 has no address before it is there
+            _explain_absence()
+        raise
     _PEERS = Peers(
         global_state.client, global_state.coordinator_address, jax.process_index(), jax.process_count(),
         heartbeat_seconds,
