@@ -43,10 +43,12 @@ def test_what_is_written_is_for_this_user_alone(tmp_path):
 
 
 def test_a_command_that_asks_is_told_that_nobody_answers(tmp_path):
-    # Without input, and without a terminal to open.
-    asks = f"read -r answer; echo $? >{tmp_path}/read; (: </dev/tty) 2>/dev/null; echo $? >{tmp_path}/terminal"
-    assert Plan({}, [["bash", "-c", asks]]).carry_out() == 0
-    assert (tmp_path / "read").read_text() == (tmp_path / "terminal").read_text() == "1\n"
+    """It has neither the launcher's input nor, in a session of its own, a terminal to open."""
+    asks = f"read -r answer; echo $? >{tmp_path}/read; ps -o sid= -p $$ >{tmp_path}/session; echo $$ >{tmp_path}/own"
+    code = f"from launch.plan import Plan; Plan({{}}, [['bash', '-c', {asks!r}]]).carry_out()"
+    subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, input=b"yes\n", check=True, timeout=30)
+    assert (tmp_path / "read").read_text() == "1\n"
+    assert (tmp_path / "session").read_text().strip() == (tmp_path / "own").read_text().strip()
 
 
 def test_what_to_do_is_said_after_a_failure(capfd):
