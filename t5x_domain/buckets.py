@@ -162,10 +162,10 @@ class BucketPath(PosixGPath):
         for name in (self / pattern)._call("glob"):
             yield type(self)(f"{self.parts[1]}://{name}")
 
-    def matching(self) -> list[str]:
-        """Objects that match this path, in which *, ?, [ ] and ** stand for what they do in a shell; sorted."""
-        found = self._call("glob", detail=True)
-        return sorted(f"{self.parts[1]}://{name}" for name, info in found.items() if info["type"] == "file")
+    def matching(self) -> list[tuple[str, int]]:
+        """(object, bytes) where this path matches, in which *, ?, [ ] and ** do what they do in a shell; sorted."""
+        found = self._call("glob", detail=True).items()
+        return sorted((f"{self.parts[1]}://{name}", info["size"]) for name, info in found if info["type"] == "file")
 
     def listing(self) -> list[tuple[str, int, int]]:
         """(name below this folder, bytes, nanoseconds) of every object, by name, in one request for each thousand."""

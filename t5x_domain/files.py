@@ -101,8 +101,8 @@ def scratch_folder() -> Path:
     return Path(tempfile.mkdtemp(dir=_scratch(os.getpid()).name))
 
 
-def matching(pattern: str) -> list[str]:
-    """Sorted objects of a bucket that match a glob pattern such as "gs://bucket/corpus/*.jsonl"."""
+def matching(pattern: str) -> list[tuple[str, int]]:
+    """(object, bytes) of all in a bucket that match a glob pattern such as "gs://bucket/corpus/*.jsonl", sorted."""
     return path(pattern).matching()
 
 

@@ -80,6 +80,16 @@ def test_bad_corpus_leaves_nothing(small, capsys):
     assert "1 skipped: not a JSON object" in out
 
 
+def test_a_folder_of_something_else_is_left_alone(small, capsys):
+    """As one's own documents, where CACHE_DIR is the folder above them."""
+    Path("cache/sample/general").mkdir(parents=True)
+    Path("general.jsonl").rename("cache/sample/general/all.jsonl")
+    flags = [*small, "--gin.GENERAL='cache/sample/general/all.jsonl'"]
+    for more in ([], ["--overwrite"]):
+        assert "cache/sample/general: holds files that are no token cache; choose" in fails(capsys, [*flags, *more])
+    assert Path("cache/sample/general/all.jsonl").exists()
+
+
 def test_vocabulary_errors(small, capsys):
     assert "vocabulary_size=9999 is too large for the corpus: at most" in fails(
         capsys, [*small, "--gin.VOCABULARY_SIZE=9999"]
