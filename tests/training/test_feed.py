@@ -87,6 +87,14 @@ def test_processes_share_out_every_batch(run_with, monkeypatch, lanes):
         assert sum(map(len, seen)) == len(set().union(*seen))
 
 
+@pytest.mark.parametrize("lanes", [None, 4])
+def test_worker_processes_make_the_same_batches(run_with, monkeypatch, lanes):
+    _, batch, _ = next(feed_of(run_with(f"Run.lanes = {lanes}", "Run.data_workers = 1"), monkeypatch).train_batches(7))
+    _, expected, _ = next(feed_of(run_with(f"Run.lanes = {lanes}"), monkeypatch).train_batches(7))
+    for name, feature in expected.items():
+        np.testing.assert_array_equal(batch[name], feature)
+
+
 def test_lanes_are_part_of_what_a_run_is(run_with, monkeypatch):
     starts = [0, 20]
     assert run_with("Run.lanes = 4").identity(starts) != run_with("Run.lanes = 8").identity(starts)
