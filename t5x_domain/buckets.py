@@ -21,6 +21,7 @@ from t5x_domain.errors import StorageError, UserError
 
 GIVE_UP_SECONDS = 120.0
 _FIRST_DELAY, _LONGEST_DELAY = 0.5, 20.0  # seconds
+_CONNECT_SECONDS, _SILENT_SECONDS = 30.0, 60.0  # after which a connection counts as lost
 _BLOCK_BYTES = 8 << 20  # read at once from an object that is read as a stream
 
 # What a connection may raise that the next one may not. Named, because the packages may be absent.
@@ -115,18 +116,29 @@ def filesystem(scheme: str) -> Any:
     """
     import fsspec
 
-    # What other processes have written must be seen. A request is repeated twice by the client, quietly, so that one of
-    # the many parts of a large object does not cost the others; `retrying` does the rest.
-    few = {"config_kwargs": {"retries": {"max_attempts": 2, "mode": "standard"}}} if scheme == "s3" else {}
     try:
-        found = fsspec.filesystem(scheme, use_listings_cache=False, **few)
+        # What other processes have written must be seen.
+        found = fsspec.filesystem(scheme, use_listings_cache=False, **_client_options(scheme))
     except ImportError as error:
         raise UserError(
             f"{scheme}://: a package is missing ({error}); pip install 't5x_domain[{_CLOUDS[scheme].extra}]'."
         ) from error
-    found.retries = 1
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # errors are explained here
     return found
+
+
+def _client_options(scheme: str) -> dict[str, Any]:
+    """After how long a client takes a connection for lost, and how often it repeats a request itself, quietly.
+
+    It does so that one of the many parts of a large object does not cost the others; `retrying` does the rest. s3fs is
+    told to repeat it twice; gcsfs sends it six times in all and cannot be told otherwise.
+    """
+    if scheme == "s3":
+        times = {"connect_timeout": _CONNECT_SECONDS, "read_timeout": _SILENT_SECONDS}
+        return {"config_kwargs": {"retries": {"max_attempts": 2, "mode": "standard"}, **times}}
+    import aiohttp
+
+    return {"requests_timeout": aiohttp.ClientTimeout(sock_connect=_CONNECT_SECONDS, sock_read=_SILENT_SECONDS)}
 
 
 @epath.register_path_cls(("gs://", "s3://"))

@@ -11,7 +11,9 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 HOST = "127.0.0.1"
-Fault = Callable[[int, str, str], str | None]  # (number of the request from 1, method, path) -> None, "503", "reset"
+# (number of the request from 1, method, path) -> None, a status as "503", "reset", "stall" (no answer for ever),
+# or "lost" (done, but the answer does not arrive).
+Fault = Callable[[int, str, str], str | None]
 
 
 class Proxy:
@@ -37,6 +39,10 @@ class Proxy:
                     proxy.requests.append((self.command, self.path))
                     number = len(proxy.requests)
                 fault = proxy.fault and proxy.fault(number, self.command, self.path)
+                if fault == "stall":  # nothing is said until the peer has gone
+                    self.connection.recv(1)
+                    self.close_connection = True
+                    return
                 if fault == "reset":  # lingering 0 seconds: the peer sees ECONNRESET, not an orderly end
                     self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                     self.close_connection = True

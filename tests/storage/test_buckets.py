@@ -14,6 +14,12 @@ def first(*faults):
     return lambda number, method, path: left.pop(0) if left else None
 
 
+@pytest.fixture
+def hasty(monkeypatch):
+    """gcsfs does not wait between its own attempts, which take over half a minute otherwise."""
+    monkeypatch.setattr("gcsfs.retry.min", lambda *seconds: 0.0, raising=False)
+
+
 def test_a_path_is_used_like_one_of_this_machine(bucket, tmp_path):
     for root in (files.path(bucket), files.path(tmp_path)):
         folder = root / "a" / "b"
@@ -42,7 +48,7 @@ def test_a_copy_is_made_anew_when_the_object_is(bucket):
     assert files.local_copy(place) == files.local_copy(place)
 
 
-def test_a_stream_reads_by_blocks_and_survives_a_fault_in_the_middle(bucket, proxy, monkeypatch):
+def test_a_stream_reads_by_blocks_and_survives_a_fault_in_the_middle(bucket, proxy, hasty, monkeypatch):
     monkeypatch.setattr(buckets, "_BLOCK_BYTES", 4)
     place = files.path(bucket) / "a.txt"
     place.write_bytes(TEXT)
@@ -63,7 +69,7 @@ def test_objects_are_neither_renamed_nor_appended_to(bucket):
 
 
 @pytest.mark.parametrize("fault", ["503", "500", "429", "408", "reset"])
-def test_what_passes_is_tried_again(bucket, proxy, fault):
+def test_what_passes_is_tried_again(bucket, proxy, hasty, fault):
     place = files.path(bucket) / "a.txt"
     proxy.fault = first(fault)
     files.write_atomically(place, TEXT)
@@ -73,15 +79,23 @@ def test_what_passes_is_tried_again(bucket, proxy, fault):
     assert place.exists()
 
 
-@pytest.mark.parametrize("proxy", ["s3"], indirect=True)  # gcsfs makes six attempts of its own, over half a minute
-def test_each_attempt_is_a_line_and_giving_up_a_sentence(bucket, proxy, monkeypatch, caplog):
+def test_a_connection_on_which_nothing_comes_is_given_up(bucket, proxy, hasty, monkeypatch):
     place = files.path(bucket) / "a.txt"
-    proxy.fault = first(*["503"] * 6)  # three requests an attempt: the client repeats each twice
+    place.write_bytes(TEXT)
+    monkeypatch.setattr(buckets, "_SILENT_SECONDS", 0.3)
+    proxy.fault = first("stall")
+    assert place.read_bytes() == TEXT
+
+
+def test_each_attempt_is_a_line_and_giving_up_a_sentence(bucket, proxy, hasty, monkeypatch, caplog):
+    place = files.path(bucket) / "a.txt"
+    requests = 3 if bucket.startswith("s3") else 6  # that the client makes of one
+    proxy.fault = first(*["503"] * 2 * requests)
     files.write_atomically(place, TEXT)
     said = [record.message for record in caplog.records if record.name == "t5x_domain.buckets"]
     assert [text.startswith(f"{place}: ") for text in said] == [True, True]
     assert "; attempt 2 in 0." in said[0] and "; attempt 3 in " in said[1]
-    monkeypatch.setattr(buckets, "GIVE_UP_SECONDS", 0.5)
+    monkeypatch.setattr(buckets, "GIVE_UP_SECONDS", 0.2)
     proxy.fault = lambda *request: "503"
     with pytest.raises(StorageError, match=f"{place}: the storage did not answer in 1 attempts over . s .*start"):
         place.read_bytes()
