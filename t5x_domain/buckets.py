@@ -5,6 +5,7 @@ reached with fsspec (gcsfs, s3fs: the extras `gcp` and `aws`), which find creden
 tools do.
 """
 
+import contextlib
 import io
 import logging
 import os
@@ -77,7 +78,8 @@ def retrying[T](place: object, call: Callable[..., T], *arguments: Any, **option
     """Calls `call(*arguments, **options)` until it succeeds, for as long as its errors are transient.
 
     The time between attempts doubles from half a second to twenty, less a random part, so that many processes do not
-    come back together (Brooker 2015, "Exponential Backoff And Jitter"). Each failed attempt is logged in a line.
+    come back together (Brooker 2015, "Exponential Backoff And Jitter"). Each failed attempt is logged in a line. Of an
+    attempt's own time no more than twenty seconds count: a transfer may have gone well for long before it broke off.
 
     Args:
       place: the path at which it works, for messages.
@@ -89,19 +91,21 @@ def retrying[T](place: object, call: Callable[..., T], *arguments: Any, **option
       UserError: credentials or permission are missing.
       Any other error of `call`, at once.
     """
-    start, attempts = time.monotonic(), 0
+    start, attempts, failing = time.monotonic(), 0, 0.0
     while True:
+        began = time.monotonic()
         try:
             return call(*arguments, **options)
         except Exception as error:
             attempts += 1
             if not is_transient(error):
                 raise _explained(place, error) from error
-            seconds, reason = time.monotonic() - start, _one_line(error)
+            now, reason = time.monotonic(), _one_line(error)
             delay = min(_LONGEST_DELAY, _FIRST_DELAY * 2 ** (attempts - 1)) * random.uniform(0.5, 1.0)
-            if seconds + delay > GIVE_UP_SECONDS:
+            failing += min(now - began, _LONGEST_DELAY) + delay
+            if failing > GIVE_UP_SECONDS:
                 raise StorageError(
-                    f"{place}: the storage did not answer in {attempts} attempts over {seconds:.0f} s ({reason}); "
+                    f"{place}: the storage did not answer in {attempts} attempts over {now - start:.0f} s ({reason}); "
                     "what was complete is safe, start the same command again when it does."
                 ) from error
         logging.getLogger(__name__).warning("%s: %s; attempt %d in %.1f s", place, reason, attempts + 1, delay)
@@ -165,10 +169,11 @@ class BucketPath(PosixGPath):
         return StatResult(info["type"] == "directory", info["size"], _nanoseconds(info) // 10**9)
 
     def iterdir(self) -> Iterator["BucketPath"]:
+        folder = "/".join(self.parts[2:])
         for name in self._call("ls", detail=False):
-            name = name.rstrip("/").rpartition("/")[2]
-            if name != self.name:  # what some tools write to mark an empty folder
-                yield self / name
+            name = name.strip("/")
+            if name != folder:  # what some tools write to mark an empty folder
+                yield self / name.rpartition("/")[2]
 
     def glob(self, pattern: str) -> Iterator["BucketPath"]:
         for name in (self / pattern)._call("glob"):
@@ -199,18 +204,19 @@ class BucketPath(PosixGPath):
             raise OSError(f"{self} is not empty.")
 
     def unlink(self, missing_ok: bool = False) -> None:
-        try:
-            self._call("rm_file")
-        except FileNotFoundError:
-            if not missing_ok:
-                raise
+        self._remove("rm_file", missing_ok or self.is_file())
 
     def rmtree(self, missing_ok: bool = False) -> None:
-        try:
-            self._call("rm", recursive=True)
-        except FileNotFoundError:
-            if not missing_ok:
-                raise
+        self._remove("rm", missing_ok or self.exists(), recursive=True)
+        for name, _, _ in self.listing():  # s3fs does not say what it could not remove; one by one the reason is given
+            (self / name).unlink(missing_ok=True)
+
+    def _remove(self, method: str, expected: bool, **options: Any) -> None:
+        """Looks first: "not found" is also what is said when the answer to an earlier attempt was lost."""
+        if not expected:
+            raise FileNotFoundError(f"{self}: there is no such object.")
+        with contextlib.suppress(FileNotFoundError):
+            self._call(method, **options)
 
     def rename(self, target: epath.PathLike) -> "BucketPath":
         """Refused: buckets cannot do it in one step. Write whole objects instead."""

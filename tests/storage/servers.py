@@ -43,12 +43,10 @@ class Proxy:
                     self.connection.recv(1)
                     self.close_connection = True
                     return
-                if fault == "reset":  # lingering 0 seconds: the peer sees ECONNRESET, not an orderly end
-                    self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                    self.close_connection = True
-                    self.connection.close()
+                if fault == "reset":
+                    self._reset()
                     return
-                if fault is not None:
+                if fault not in (None, "lost"):
                     self._send(int(fault), [("Content-Type", "application/json")], b"")
                     return
                 upstream = http.client.HTTPConnection(HOST, port)
@@ -60,8 +58,17 @@ class Proxy:
                 upstream.request(self.command, self.path, body, headers)
                 response = upstream.getresponse()
                 content = response.read()
+                if fault == "lost":
+                    self._reset()
+                    return
                 self._send(response.status, response.getheaders() + self._generation(response.status), content)
                 upstream.close()
+
+            def _reset(self) -> None:
+                """Lingering 0 seconds: the peer sees ECONNRESET, not an orderly end."""
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                self.close_connection = True
+                self.connection.close()
 
             def _generation(self, status: int) -> list[tuple[str, str]]:
                 """What Google's servers say of each object they send, this one does not, and TensorStore needs."""

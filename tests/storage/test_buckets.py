@@ -126,6 +126,15 @@ def test_the_time_between_attempts_doubles_up_to_a_bound(monkeypatch):
         buckets.retrying("gs://b/a", lambda: (_ for _ in ()).throw(ConnectionResetError("reset")))
     for delay, longest in zip(delays, [0.5, 1, 2, 4, 8, 16, 20, 20, 20], strict=False):
         assert longest / 2 <= delay <= longest
+    left = ["reset", "reset"]
+
+    def breaks_off_twice():
+        now[0] += 10 * buckets.GIVE_UP_SECONDS
+        if left:
+            raise ConnectionResetError(left.pop())
+        return "done"
+
+    assert buckets.retrying("gs://b/a", breaks_off_twice) == "done"
 
 
 @pytest.mark.parametrize(
@@ -189,6 +198,41 @@ def test_a_failed_write_leaves_what_was_there(bucket, proxy):
         files.write_atomically(place, TEXT * 1000)
     proxy.fault = None
     assert place.read_bytes() == b"before"
+
+
+def test_what_was_removed_though_the_answer_was_lost(bucket, proxy, hasty):
+    folder = files.path(bucket) / "a"
+    for remove in (lambda: (folder / "b").unlink(), folder.rmtree):
+        (folder / "b").write_bytes(TEXT)
+        lost = ["lost"]  # of the first request that removes: the batches of gs:// and s3:// are POST
+        proxy.fault = lambda n, method, p, lost=lost: lost.pop() if lost and method in ("DELETE", "POST") else None
+        remove()
+        assert not lost and not folder.exists()
+        with pytest.raises(FileNotFoundError):
+            remove()
+
+
+@pytest.mark.parametrize("proxy", ["s3"], indirect=True)
+def test_what_a_batch_did_not_remove_is_removed_alone(bucket, proxy, monkeypatch):
+    """Of a batch s3fs drops the errors, so that nothing tells that an object is still there."""
+
+    async def without_a_word(*_, **__):
+        return []
+
+    monkeypatch.setattr("s3fs.core.S3FileSystem._bulk_delete", without_a_word)
+    folder = files.path(bucket) / "a"
+    (folder / "b").write_bytes(TEXT)
+    proxy.fault = lambda number, method, path: "403" if method == "DELETE" else None
+    with pytest.raises(UserError, match=f"{folder}/b: permission refused"):
+        folder.rmtree()
+    proxy.fault = None
+    folder.rmtree()
+    assert not folder.exists()
+
+
+def test_a_folder_in_a_folder_of_its_name(bucket):
+    (files.path(bucket) / "a" / "a" / "b").write_bytes(TEXT)
+    assert list((files.path(bucket) / "a").iterdir()) == [files.path(bucket) / "a" / "a"]
 
 
 def test_a_growing_file_is_replaced_by_a_longer_one(bucket, proxy):
