@@ -13,12 +13,14 @@ missing credentials, permissions, buckets and packages. There are three differen
 is renamed, and a folder exists while something is in it.
 """
 
+import contextlib
 import functools
 import hashlib
 import os
 import re
 import tempfile
-from collections.abc import Mapping
+import uuid
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,17 +62,33 @@ def write_atomically(place: str | os.PathLike, content: bytes) -> None:
     if is_remote(place):
         path(place).write_bytes(content)
         return
-    target = Path(place)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    Path(place).parent.mkdir(parents=True, exist_ok=True)
+    with replacing(Path(place)) as partial:
+        partial.write_bytes(content)
+
+
+@contextlib.contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """A file beside `target`, of this machine, that takes its place when the block ends and goes if it fails.
+
+    Several processes may write the same file at once, on several machines; it is one of theirs, and durable.
+    """
+    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     try:
-        with open(partial, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(target)
+        yield partial
+        fsync(partial)
+        os.replace(partial, target)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def fsync(place: Path) -> None:
+    """Waits until a file or folder of this machine is on its disk."""
+    descriptor = os.open(place, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def local_copy(place: str | os.PathLike) -> Path:

@@ -22,7 +22,7 @@ from etils import epath
 
 from t5x_domain import files
 from t5x_domain.data.cache import COUNT, FORMAT_VERSION, MANIFEST, is_cache, partial_folder
-from t5x_domain.data.whole_files import fsync, size_and_digest, whole_file
+from t5x_domain.data.whole_files import size_and_digest, whole_file
 from t5x_domain.errors import UserError
 
 # Documents compressed together. Ten are read in 16 µs from groups of 32, in 23 µs from groups of 64 (7 % smaller).
@@ -206,7 +206,7 @@ def _rename(partial: epath.Path, final: epath.Path) -> None:
     if final.exists():
         final.rename(_replaced(final))
     partial.rename(final)
-    fsync(final.parent)
+    files.fsync(final.parent)
 
 
 def _replaced(final: epath.Path) -> epath.Path:
@@ -218,4 +218,4 @@ def write_manifest(folder: epath.Path, manifest: Mapping) -> None:
     text = json.dumps({"format_version": FORMAT_VERSION, **manifest}, indent=1) + "\n"
     files.write_atomically(folder / MANIFEST, text.encode("utf-8"))
     if not files.is_remote(folder):
-        fsync(Path(folder))
+        files.fsync(Path(folder))

@@ -3,9 +3,7 @@
 import contextlib
 import errno
 import hashlib
-import os
 import shutil
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,13 +27,8 @@ def whole_file(path: epath.Path) -> Iterator[Path]:
         finally:
             shutil.rmtree(local.parent)
         return
-    partial = Path(path).with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
+    with files.replacing(Path(path)) as partial:
         yield partial
-        fsync(partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -77,12 +70,3 @@ def size_and_digest(path: Path) -> dict:
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {"size": path.stat().st_size, "sha256": digest}
-
-
-def fsync(path: Path) -> None:
-    """Waits until a file or folder of this machine is on its disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
