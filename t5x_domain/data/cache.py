@@ -16,6 +16,7 @@ import bisect
 import collections
 import contextlib
 import functools
+import hashlib
 import itertools
 import json
 import os
@@ -132,6 +133,12 @@ class CachedSplit:
 
     def __reduce__(self):  # noqa: ANN204
         return CachedSplit, self._arguments
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the digests of all shards, in hexadecimal: another one means other documents or another order."""
+        checks = json.dumps([shard["checks"] for shard in self._shards], sort_keys=True)
+        return hashlib.sha256(checks.encode()).hexdigest()
 
     @functools.cached_property
     def offsets(self) -> Offsets:
