@@ -19,6 +19,7 @@ import gin
 from t5x_domain import files
 from t5x_domain.cli import gin_search_paths
 from t5x_domain.data.lines import read_lines
+from t5x_domain.data.whole_files import at_hand
 from t5x_domain.errors import UserError
 
 
@@ -294,12 +295,13 @@ class TFRecordSource(FileSource):
 
         number = 0
         try:
-            copy = str(files.local_copy(part))  # TensorFlow has no credentials of fsspec's
-            records = tf.data.TFRecordDataset(copy, "GZIP" if part.endswith(".gz") else "").as_numpy_iterator()
-            for number, record in enumerate(records, 1):
-                features = tf.train.Example.FromString(record).features.feature
-                fields = {name: _feature_values(feature) for name, feature in features.items()}
-                yield number, f"{part}, record {number}", python_fields(fields)
+            with at_hand(files.path(part)) as copy:  # TensorFlow has no credentials of fsspec's
+                compression = "GZIP" if part.endswith(".gz") else ""
+                records = tf.data.TFRecordDataset(str(copy), compression).as_numpy_iterator()
+                for number, record in enumerate(records, 1):
+                    features = tf.train.Example.FromString(record).features.feature
+                    fields = {name: _feature_values(feature) for name, feature in features.items()}
+                    yield number, f"{part}, record {number}", python_fields(fields)
         except (tf.errors.OpError, DecodeError) as error:
             raise UserError(f"{part}: damaged after record {number} ({error}); fetch it again.") from error
 

@@ -53,7 +53,7 @@ def at_hand(path: epath.Path, check: dict | None = None) -> Iterator[Path]:
                 raise
             raise UserError(
                 f"{copy.parent.parent}: the disk is too full for a copy of {path}; set TMPDIR to a folder with more "
-                "room, or Run.lanes so that every host reads fewer shards."
+                "room, or in training Run.lanes, so that every host reads fewer shards."
             ) from error
         if check is not None and size_and_digest(copy) != check:
             raise UserError(
