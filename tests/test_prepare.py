@@ -58,6 +58,16 @@ def test_prepares_keeps_and_overwrites(small, capsys):
     assert first[0] != manifest.stat().st_mtime_ns and first[1] == manifest.read_bytes()
 
 
+def test_advice_looks_at_a_sample(small, capsys, monkeypatch):
+    from t5x_domain.data import lengths, preparation
+
+    read, batches = [], lengths.Batches
+    monkeypatch.setattr(preparation, "_SAMPLED_DOCUMENTS", 7)
+    monkeypatch.setattr(lengths, "Batches", lambda *_, **how: read.append(how["subset"]) or batches(*_, **how))
+    assert "LENGTHS = {'inputs': 512, 'targets': " in succeeds(capsys, small)
+    assert read and all(subset == {"biomedical": 7, "general": 7} for subset in read)
+
+
 def test_changed_corpora_and_vocabularies_are_noticed(small, capsys):
     succeeds(capsys, small)
     error = fails(capsys, [*small, "--gin.general/Corpus.version=2"])

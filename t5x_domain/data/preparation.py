@@ -16,7 +16,7 @@ from t5x_domain.data.tasks import Corpus, Mixture
 from t5x_domain.data.vocabulary import ByteVocabulary, Vocabulary, train_sentencepiece
 from t5x_domain.errors import UserError
 
-_SAMPLED_DOCUMENTS = 1_000_000
+_SAMPLED_DOCUMENTS = 1_000_000  # the first of a corpus, which are a random sample
 
 
 @gin.configurable
@@ -98,7 +98,8 @@ def _advice(
     names = [corpus.name for corpus in mixture.corpora]
     try:
         splits = [cache.split(split) for cache in caches if cache.manifest["corpus"] in names]
-        best, equal = recommend(mixture, splits, vocabulary, inputs)
+        subset = {split.corpus: min(split.num_documents, _SAMPLED_DOCUMENTS) for split in splits}
+        best, equal = recommend(mixture, splits, vocabulary, inputs, subset)
     except UserError as error:
         said = str(error).partition("\n  In call to configurable")[0]  # what gin adds is of no use here
         return f"{head} none can be recommended, because {said}"
