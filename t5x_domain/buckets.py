@@ -6,6 +6,7 @@ tools do.
 """
 
 import contextlib
+import errno
 import io
 import logging
 import os
@@ -214,7 +215,7 @@ class BucketPath(PosixGPath):
     def _remove(self, method: str, expected: bool, **options: Any) -> None:
         """Looks first: "not found" is also what is said when the answer to an earlier attempt was lost."""
         if not expected:
-            raise FileNotFoundError(f"{self}: there is no such object.")
+            raise FileNotFoundError(errno.ENOENT, "there is no such object", str(self))
         with contextlib.suppress(FileNotFoundError):
             self._call(method, **options)
 
@@ -313,6 +314,8 @@ def _explained(place: object, error: Exception) -> Exception:
     cloud = _CLOUDS.get(str(place).partition("://")[0])
     if cloud is None:
         return error
+    if isinstance(error, FileNotFoundError):  # with the fields that a disk's has, from which messages are made
+        return FileNotFoundError(errno.ENOENT, "there is no such object", str(place))
     names = set().union(*(_names(cause) for cause in _causes(error)))
     statuses = {_status(cause) for cause in _causes(error)}
     if names & _NO_CREDENTIALS or 401 in statuses:

@@ -45,9 +45,9 @@ def path(place: str | os.PathLike) -> epath.Path:
     """The path that a user gave.
 
     Raises:
-      UserError: it has a scheme other than gs:// and s3://.
+      UserError: it has a scheme other than gs:// and s3://, or one of these with a single slash.
     """
-    if re.match("[a-z][a-z0-9+.-]*://", str(place)) and not is_remote(place):
+    if re.match("[a-z][a-z0-9+.-]*://|(gs|s3):/", str(place)) and not is_remote(place):
         raise UserError(f"{place}: neither a path of this machine nor gs:// or s3://, which are all that is read.")
     return epath.Path(place)
 
@@ -62,8 +62,9 @@ def write_atomically(place: str | os.PathLike, content: bytes) -> None:
     if is_remote(place):
         path(place).write_bytes(content)
         return
-    Path(place).parent.mkdir(parents=True, exist_ok=True)
-    with replacing(Path(place)) as partial:
+    target = Path(path(place))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(target) as partial:
         partial.write_bytes(content)
 
 

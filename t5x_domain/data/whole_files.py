@@ -38,8 +38,8 @@ def at_hand(path: epath.Path, check: dict | None = None) -> Iterator[Path]:
     What has opened or mapped a copy keeps it, and its room on the disk, until it is closed.
 
     Raises:
-      UserError: a copy has another size or SHA-256 than `check` says (as `size_and_digest` gives them), or the disk is
-        too full for it.
+      UserError: there is no such object; a copy has another size or SHA-256 than `check` says (as `size_and_digest`
+        gives them); or the disk is too full for it.
     """
     if not files.is_remote(path):
         yield Path(path)
@@ -48,6 +48,11 @@ def at_hand(path: epath.Path, check: dict | None = None) -> Iterator[Path]:
     try:
         try:
             path.download(copy)
+        except FileNotFoundError as error:
+            raise UserError(
+                f"{path}: is not there any more; put it back, or if it is a token cache's, write that again with "
+                "`python -m t5x_domain.prepare --overwrite`."
+            ) from error
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise

@@ -35,8 +35,9 @@ def test_a_path_is_used_like_one_of_this_machine(bucket, tmp_path):
             folder.mkdir()
         (folder / "c.txt").unlink()
         (folder / "c.txt").unlink(missing_ok=True)
-        with pytest.raises(FileNotFoundError):
+        with pytest.raises(FileNotFoundError) as missing:
             (folder / "c.txt").read_bytes()
+        assert missing.value.strerror and missing.value.filename == str(folder / "c.txt")
     assert files.is_remote(bucket) and not files.is_remote(tmp_path)
 
 
@@ -185,9 +186,13 @@ def test_a_missing_package(monkeypatch, path, package, extra):
         files.path(path).exists()
 
 
-def test_another_kind_of_path():
-    with pytest.raises(UserError, match="http://a/b: neither a path of this machine nor gs:// or s3://"):
-        files.path("http://a/b")
+@pytest.mark.parametrize("path", ["http://a/b", "gs:/a/b", "s3:/a"])  # pathlib makes one slash of two
+def test_another_kind_of_path(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for use in (files.path, lambda path: files.write_atomically(path, b"")):
+        with pytest.raises(UserError, match=f"{path}: neither a path of this machine nor gs:// or s3://"):
+            use(path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_failed_write_leaves_what_was_there(bucket, proxy):
