@@ -160,7 +160,7 @@ class CacheWriter:
         return {**totals, "skipped": dict(sorted(skipped.items())), "metadata_fields": fields, "shards": shards}
 
     def _spill_path(self, task: Task) -> epath.Path:
-        name = f"{task.split}-{task.part_number:05d}-{task.turn:02d}-of-{task.turns:02d}.spill"
+        name = f"{task.split}-{task.part_number:05d}-{task.turn:02d}-of-{task.turns:02d}.records"
         return self.work / name
 
     def _entry_path(self, split: str, shard: int) -> epath.Path:

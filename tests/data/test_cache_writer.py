@@ -63,7 +63,7 @@ def test_killed_while_it_clears_up(tmp_path):
     folder = write(tmp_path).folder
     names = {path.name for path in tmp_path.rglob("*")}
     (folder / "work").mkdir()
-    for left in (folder / "work" / "a.spill", folder / ".lock", folder / ".plan.json"):
+    for left in (folder / "work" / "a.records", folder / ".lock", folder / ".plan.json"):
         left.write_text("{}")
     (tmp_path / ".law.replaced").mkdir()
     cache_writer.clear_up(folder)
