@@ -3,6 +3,7 @@
 Parameters are float32 and carry the names of their axes (`logical_axes`), which parallel/ maps to a mesh.
 """
 
+import functools
 import math
 
 import jax
@@ -63,11 +64,18 @@ class Norm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., dim] -> the same shape and dtype."""
-        y = x.astype(accumulator(x.dtype))
-        if self.kind == "layernorm":
-            y = y - y.mean(axis=-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.square(y).mean(axis=-1, keepdims=True) + self.epsilon)
-        return (y * (self.scale[...] + self.offset)).astype(x.dtype)
+        return _normalise(x, self.scale[...] + self.offset, self.kind, self.epsilon)
+
+
+# For its gradient x alone is kept, in its own dtype, instead of what is made of it in float32. Where XLA joins the two
+# computations again, outside of a scan, it does so knowingly; a barrier against that would cost more.
+@functools.partial(jax.checkpoint, static_argnums=(2, 3), prevent_cse=False)
+def _normalise(x: jax.Array, scale: jax.Array, kind: str, epsilon: float) -> jax.Array:
+    y = x.astype(accumulator(x.dtype))
+    if kind == "layernorm":
+        y = y - y.mean(axis=-1, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.square(y).mean(axis=-1, keepdims=True) + epsilon)
+    return (y * scale).astype(x.dtype)
 
 
 class Mlp(nnx.Module):
@@ -84,8 +92,15 @@ class Mlp(nnx.Module):
 
     def __call__(self, x: jax.Array, rng: jax.Array | None = None) -> jax.Array:
         """[B, T, embed_dim] -> the same."""
-        branches = [ACTIVATIONS[name](wi(x)) for name, wi in zip(self.activations, self.wi, strict=True)]
-        return self.wo(dropout(math.prod(branches[1:], start=branches[0]), self.dropout_rate, rng))
+        hidden = _multiplied(self.activations, *[wi(x) for wi in self.wi])
+        return self.wo(dropout(hidden, self.dropout_rate, rng))
+
+
+@functools.partial(jax.checkpoint, static_argnums=0, prevent_cse=False)  # keeps the branches only
+def _multiplied(activations: tuple[str, ...], *branches: jax.Array) -> jax.Array:
+    """The product of the branches, each after its activation."""
+    activated = [ACTIVATIONS[name](branch) for name, branch in zip(activations, branches, strict=True)]
+    return math.prod(activated[1:], start=activated[0])
 
 
 class Embedding(nnx.Module):
