@@ -95,10 +95,13 @@ class Peers:
                 )
 
     def _watch_ends(self) -> None:
-        try:
-            end = json.loads(self.client.blocking_key_value_get(_ENDED, DAY))
-        except RuntimeError:  # the connection is gone, which others deal with
-            return
+        end = None
+        while end is None:
+            try:
+                end = json.loads(self.client.blocking_key_value_get(_ENDED, DAY))
+            except RuntimeError as error:
+                if "DEADLINE_EXCEEDED" not in str(error):  # the connection is gone, which others deal with
+                    return
         if end["process"] != self.index:
             again = "" if end["status"] == 2 else f"; {_AGAIN}"
             self._end(f"process {end['process']} ended: {end['reason']}{again}", end["status"])
