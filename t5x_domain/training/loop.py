@@ -23,6 +23,7 @@ from t5x_domain.training.guard import Guard
 from t5x_domain.training.initial import restore_params, starting_state
 from t5x_domain.training.metrics import read_json_lines
 from t5x_domain.training.preemption import PreemptionNotice
+from t5x_domain.training.profiling import TraceRequest
 from t5x_domain.training.run import Run
 from t5x_domain.training.state import Blueprint
 from t5x_domain.training.step import make_eval_step, make_train_step
@@ -63,13 +64,15 @@ def _train(run: Run, ledger: Ledger) -> int:
     run_dir = first_does(lambda: _claim_directory(run, feed))
     records = Growing(run_dir)
     with contextlib.ExitStack() as closing:
-        closing.callback(records.publish)  # the last of all
+        # A signal that nobody listens to ends the process: so these are closed after the last checkpoint is whole.
+        preemption = closing.enter_context(contextlib.closing(PreemptionNotice()))
+        trace_request = closing.enter_context(contextlib.closing(TraceRequest()))
+        closing.callback(records.publish)  # after all that is written
         checkpoints = closing.enter_context(contextlib.closing(Checkpoints(run_dir / "checkpoints", run.retention)))
         begins = checkpoints.latest_step is None
         state, start = starting_state(run, blueprint, transform, checkpoints)
-        watch = Watch(run, feed, schedule, records, ledger, start, begins=begins)
+        watch = Watch(run, feed, schedule, records, ledger, trace_request, start, begins=begins)
         closing.enter_context(contextlib.closing(watch))
-        preemption = closing.enter_context(contextlib.closing(PreemptionNotice()))
         guard = Guard(run, feed)
         watch.say(f"{blueprint.num_parameters:,} parameters, mesh {dict(mesh.shape)}, from step {start:,}")
         for phase in feed.batches.describe() if len(run.phases) > 1 else ():
