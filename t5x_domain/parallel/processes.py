@@ -49,6 +49,7 @@ def start(heartbeat_seconds: float = HEARTBEAT_SECONDS) -> None:
     jax.distributed.initialize(
         **described, heartbeat_timeout_seconds=round(heartbeat_seconds), initialization_timeout=_MEET_SECONDS
     )
+    on_abort(None)  # all have come together
     _PEERS = Peers(
         global_state.client, global_state.coordinator_address, jax.process_index(), jax.process_count(),
         heartbeat_seconds,
