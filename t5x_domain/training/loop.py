@@ -47,7 +47,7 @@ def train(run: Run, began: float | None = None) -> int:
       UserError: the configuration, the cache or the run directory is not fit for use; a checkpoint could not be
         written; or too many updates in a row were not finite.
     """
-    with contextlib.closing(Ledger(began)) as ledger:
+    with Ledger(began) as ledger:
         return _train(run, ledger)
 
 

@@ -1,7 +1,9 @@
 import json
+from pathlib import Path
 
 import pytest
 
+from t5x_domain.errors import UserError
 from t5x_domain.training.metrics import JsonLines, Progress, read_json_lines
 
 
@@ -27,6 +29,18 @@ def test_a_line_without_its_end_was_never_written(tmp_path, torn):
     lines.write({"step": 3, "again": True})
     lines.close()
     assert read_json_lines(path) == [{"step": 1}, {"step": 2}, {"step": 3, "again": True}]
+
+
+def test_a_full_disk_is_said_in_a_sentence(tmp_path):
+    lines = JsonLines(tmp_path / "metrics.jsonl", keep_until=0)
+    lines._file = Path("/dev/full").open("a")  # noqa: SIM115
+    sentence = "metrics.jsonl: No space left on device; make room, .* then start the same command again"
+    for write in (lambda: lines.write({"step": 1}), lines.close):  # what is not written yet is tried again
+        with pytest.raises(UserError, match=sentence):
+            write()
+    (tmp_path / "blocked.partial").mkdir()
+    with pytest.raises(UserError, match="blocked.jsonl: Is a directory; .* see that it can be written"):
+        JsonLines(tmp_path / "blocked.jsonl", keep_until=0)
 
 
 def test_no_file_is_no_lines(tmp_path):
