@@ -169,9 +169,9 @@ class Run:
         folder, identity = files.path(self.run_dir), self.identity(phase_starts)
         record = folder / "run.json"
         if record.exists() and _has_begun(folder):
-            before = json.loads(record.read_text(encoding="utf-8"))
+            before = _defaults() | json.loads(record.read_text(encoding="utf-8"))
             free = {f"ModelConfig.{key}" for key in ModelConfig.PLACE}
-            changed = [key for key in changed_keys(before, identity) if key not in free]
+            changed = [key for key in changed_keys(before, _defaults() | identity) if key not in free]
             if changed:
                 differences = "; ".join(f"{key} was {before.get(key)!r}, is {identity.get(key)!r}" for key in changed)
                 raise UserError(
@@ -195,6 +195,15 @@ class Run:
                 f"Run.run_dir = {self.run_dir}: {error.strerror}; set --gin.RUN_DIR to a folder you may write."
             ) from error
         return folder
+
+
+def _defaults() -> dict[str, Any]:
+    """What a run.json has meant that was written before one of these keys was: they come with a default that changes
+    nothing."""
+    fields = {f"{kind.__name__}.{f.name}": f.default for kind in (Run, ModelConfig) for f in dataclasses.fields(kind)}
+    given = {key: default for key, default in fields.items() if default is not dataclasses.MISSING}
+    bindings = {f"{loss.__name__} bindings": {} for loss in _LOSSES}
+    return json.loads(json.dumps(given | bindings, default=repr))
 
 
 def _bindings(loss: Callable[..., Any]) -> dict[str, Any]:

@@ -259,13 +259,17 @@ def test_a_full_disk_ends_the_run_and_loses_nothing(workspace, undisturbed):
 
 
 def test_a_finished_run_is_left_as_it_is(workspace, undisturbed):
-    """Also where the model is computed in another way: a run may go on on other machines."""
-    before = logged(undisturbed)
+    """Also where the model is computed in another way, on other machines, or by a program that knows more settings."""
+    before, record = logged(undisturbed), undisturbed / "run.json"
+    identity = json.loads(record.read_text())
+    earlier = {key: value for key, value in identity.items() if key not in ("Run.init_longer", "ModelConfig.norm")}
+    record.write_text(json.dumps(earlier))
     elsewhere = ["--gin.ModelConfig.remat='full'", "--gin.ModelConfig.attention_backend='xla'"]
     status, out, err = finish(workspace, undisturbed, *elsewhere)
     assert status == 0, err
     assert f"from step {STEPS}" in out
     assert logged(undisturbed) == before
+    assert json.loads(record.read_text()).keys() == identity.keys()
 
 
 def test_what_a_run_leaves(undisturbed):
