@@ -65,14 +65,12 @@ class Watch:
             self._opened = opened.pop_all()
 
     def close(self) -> None:
-        """Closes what is open, the last first."""
+        """Closes what is open, the last first. The run has then only to wait until its checkpoint is whole."""
+        self._ledger.enter("checkpoint")
         self._opened.close()
 
     def batches(self, batches: Iterable[Numbered]) -> Iterator[Numbered]:
         """The same batches; a phase that begins is announced."""
-        self._opened.callback(
-            self._ledger.enter, "checkpoint"
-        )  # the last thing to be done is to wait until it is complete
         self._ledger.enter("step")
         phases = self._feed.batches
         for step, batch, raw_tokens in self._stragglers.of_data(self._step_clock.timed(batches)):
@@ -124,7 +122,7 @@ class Watch:
     @contextlib.contextmanager
     def saving(self, step: int) -> Iterator[None]:
         """Around the saving of a checkpoint, which must not know more than the run's files."""
-        self._writer.publish()
         with self._step_clock.pause("checkpoint"):
+            self._writer.publish()
             self._ledger.record(step)
             yield
