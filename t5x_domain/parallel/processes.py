@@ -109,6 +109,17 @@ def wait_for_all(what: str) -> None:
         _PEERS.client.wait_at_barrier(f"t5x_domain/all/{what}", DAY)
 
 
+def require_joined() -> None:
+    """Raises UserError if JAX has found processes that `start` did not: each would take itself for the only one."""
+    import jax
+
+    if _PEERS is None and jax.process_count() > 1:
+        raise UserError(
+            f"JAX has found {jax.process_count()} processes, but the environment does not tell them of one another; "
+            f"set {', '.join(_VARIABLES)} in each."
+        )
+
+
 def require_one(verb: str) -> None:
     """For what runs in one process. Raises UserError if the environment describes several."""
     if _described() is not None:

@@ -17,7 +17,7 @@ from t5x_domain.errors import UserError
 from t5x_domain.files import Growing, write_atomically
 from t5x_domain.models.names import path_name
 from t5x_domain.parallel.peers import EXIT_PREEMPTED
-from t5x_domain.parallel.processes import first_does, is_first, peers, wait_for_all
+from t5x_domain.parallel.processes import first_does, is_first, peers, require_joined, wait_for_all
 from t5x_domain.training.checkpoint import Checkpoints
 from t5x_domain.training.export import export, require_free_export
 from t5x_domain.training.feed import Feed
@@ -52,6 +52,7 @@ def train(run: Run, began: float | None = None) -> int:
 
 
 def _train(run: Run, ledger: Ledger) -> int:
+    require_joined()
     require_free_export(run)
     mesh = run.mesh.build()
     feed = Feed(run, mesh)

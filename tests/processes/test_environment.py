@@ -117,6 +117,13 @@ def test_a_heartbeat_below_a_second_is_refused(describe):
         processes.start(0.5)
 
 
+def test_processes_that_only_jax_has_found_are_refused(monkeypatch):
+    processes.require_joined()
+    monkeypatch.setattr("jax.process_count", lambda: 4)
+    with pytest.raises(UserError, match="JAX has found 4 processes, .*; set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROC"):
+        processes.require_joined()
+
+
 def test_verbs_of_one_process_refuse_several(describe, capsys):
     describe(ALL)
     with pytest.raises(SystemExit) as stopped:
