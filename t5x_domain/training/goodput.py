@@ -18,7 +18,7 @@ from t5x_domain.parallel.processes import is_first
 from t5x_domain.training.metrics import JsonLines, explained, read_json_lines
 
 CAUSES = (
-    "start_up",  # from the start of the program to the first batch: imports, caches, restoring a checkpoint
+    "start_up",  # until the first batch is asked for: imports, caches, restoring a checkpoint
     "compile",  # tracing and compiling, wherever it happens
     "data_wait",  # the devices had nothing to do because the next batch was not there
     "step",  # updates that counted: the device at work, with what the host does meanwhile and between
