@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import tensorboardX
 from etils import epath
 from tqdm import tqdm
 
 from t5x_domain.errors import UserError
 from t5x_domain.files import Growing
+from t5x_domain.training.tensorboard import TensorBoard
 from t5x_domain.training.weights_and_biases import WeightsAndBiases
 
 _PUBLISH_SECONDS = 60.0  # between uploads of the files of a run in a bucket
@@ -98,8 +98,8 @@ class MetricsWriter:
         self._evaluations = JsonLines(local / "evaluations.jsonl", start_step - begins, home / "evaluations.jsonl")
         written = read_json_lines(local / "metrics.jsonl") or read_json_lines(local / "evaluations.jsonl")[:1]
         self.last_logged = written[-1]["step"] if written else start_step
-        # purge_step hides what TensorBoard has of the steps that are about to be repeated.
-        self._events = tensorboardX.SummaryWriter(str(local / "tensorboard"), purge_step=start_step + 1)
+        with explained(local / "tensorboard"):
+            self._tensorboard = TensorBoard(local / "tensorboard", purge_step=start_step + 1)
         self._wandb = wandb
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -119,15 +119,15 @@ class MetricsWriter:
     def publish(self) -> None:
         """Brings what was written to where others see it: a checkpoint must not know more than its run's files."""
         with explained(self._records.local / "tensorboard"):
-            self._events.flush()
+            self._tensorboard.flush()
         self._records.publish()
         self._published = time.monotonic()
 
     def show(self, prefix: str, step: int, values: Mapping[str, Any]) -> None:
         """Numbers, or nested {name: number}, for TensorBoard and wandb alone."""
         scalars = dict(_flat(prefix, values))
-        for name, value in scalars.items():
-            self._events.add_scalar(name, value, step)
+        with explained(self._records.local / "tensorboard"):
+            self._tensorboard.log(step, scalars)
         if self._wandb is not None:
             self._wandb.log(step, scalars)
 
@@ -136,7 +136,7 @@ class MetricsWriter:
         self._metrics.close()
         self._evaluations.close()
         with explained(self._records.local / "tensorboard"):
-            self._events.close()
+            self._tensorboard.close()
         self._records.publish()
 
 
