@@ -24,8 +24,7 @@ class Notice:
     def __init__(self, stops_at):
         self._left = stops_at
 
-    @property
-    def given(self):
+    def poll(self):
         self._left -= 1
         return self._left == 0
 
