@@ -15,6 +15,8 @@ def get_config():
     config.overrides = (
         *("TRAIN_STEPS=100000", "BATCH_SIZE=2048"),
         *("MeshShape.slice=2", "MeshShape.fsdp=64", "MeshShape.data=1"),
+        # Where `prepare` with the same two bindings has put them.
+        *("CACHE_DIR='gs://my-bucket/sample'", "VOCABULARY_FILE='gs://my-bucket/sample/vocabulary.model'"),
     )
     config.accelerator = "v5p"
     config.topology = "4x4x4"
@@ -22,5 +24,4 @@ def get_config():
     config.image = "us-docker.pkg.dev/my-project/my-repository/t5x_domain:latest"
     config.storage = "gs://my-bucket/runs"
     config.compilation_cache = "gs://my-bucket/compiled"
-    config.gke_jobset.service_account = "trainer"
     return config

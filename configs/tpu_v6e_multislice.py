@@ -3,7 +3,8 @@ r"""T5 1.1 XXL on two v6e slices of 64 chips through Cloud TPU's queued resource
 python -m launch --config=configs/tpu_v6e_multislice.py --config.tpu_queued.project=mine --dry_run
 python -m launch --config=configs/tpu_v6e_multislice.py --config.tpu_queued.project=mine --config.slices=4 \
     --config.overrides="('TRAIN_STEPS=100000', 'BATCH_SIZE=2048', 'MeshShape.slice=4', 'MeshShape.fsdp=64', \
-    'MeshShape.data=1')"
+    'MeshShape.data=1', \"CACHE_DIR='gs://my-bucket/sample'\", \
+    \"VOCABULARY_FILE='gs://my-bucket/sample/vocabulary.model'\")"
 """
 
 from configs import tpu_v5e_256
@@ -16,6 +17,8 @@ def get_config():
     config.overrides = (
         *("TRAIN_STEPS=100000", "BATCH_SIZE=1024"),
         *("MeshShape.slice=2", "MeshShape.fsdp=64", "MeshShape.data=1"),
+        # Where `prepare` with the same two bindings has put them.
+        *("CACHE_DIR='gs://my-bucket/sample'", "VOCABULARY_FILE='gs://my-bucket/sample/vocabulary.model'"),
     )
     config.accelerator = "v6e"
     config.topology = "8x8"

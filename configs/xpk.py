@@ -12,7 +12,11 @@ def get_config():
     config = defaults("xpk")
     config.name = "xl-v6e"
     config.gin_files = ("gin/models/t5_1_1_xl.gin", "gin/mixtures/sample.gin", "gin/runs/pretrain.gin")
-    config.overrides = ("TRAIN_STEPS=100000", "BATCH_SIZE=2048", "MeshShape.fsdp=256", "MeshShape.data=1")
+    config.overrides = (
+        *("TRAIN_STEPS=100000", "BATCH_SIZE=2048", "MeshShape.fsdp=256", "MeshShape.data=1"),
+        # Where `prepare` with the same two bindings has put them.
+        *("CACHE_DIR='gs://my-bucket/sample'", "VOCABULARY_FILE='gs://my-bucket/sample/vocabulary.model'"),
+    )
     config.accelerator = "v6e"
     config.topology = "16x16"
     config.image = "us-docker.pkg.dev/my-project/my-repository/t5x_domain:latest"

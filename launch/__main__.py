@@ -4,12 +4,11 @@ import sys
 from collections.abc import Sequence
 
 from absl import app, flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
 from launch import gke_jobset, local, slurm, tpu_queued, xpk
 from launch.config import check
-from launch.sweep import runs
-from t5x_domain import cli
+from launch.gin_check import require_that_gin_fits
 from t5x_domain.errors import UserError
 
 _PLANS = {
@@ -36,17 +35,11 @@ def main(argv: Sequence[str]) -> None:
         if _DRY_RUN.value:
             print(plan.show())
         else:
-            _require_known_to_gin(config)
+            require_that_gin_fits(config)
             sys.exit(plan.carry_out())
     except UserError as error:
         print(f"launch: error: {error}", file=sys.stderr)
         sys.exit(2)
-
-
-def _require_known_to_gin(config: ConfigDict) -> None:
-    """Raises UserError for what gin refuses: better now than when a machine has been waited for."""
-    for run in runs(config):
-        cli.load_gin(config.gin_files, run.bindings, config.gin_search_paths)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,8 @@ _SECTIONS = {
         "service_account": "",
         "network": "",
     },
-    # `queue` is a LocalQueue of Kueue, "" for none; `service_account` Kubernetes' own.
+    # `queue` is a LocalQueue of Kueue, "" for none; `service_account` Kubernetes' own, which is not who buckets see:
+    # that is the account of the node pool.
     "gke_jobset": {"namespace": "default", "service_account": "", "queue": "", "spot": False},
     "xpk": {"cluster": "", "project": "", "zone": "", "priority": "medium"},
 }
@@ -59,7 +60,7 @@ def defaults(target: str) -> ConfigDict:
       compilation_cache: folder or bucket for compiled programs, so that a restart does not compile anew; "" for none.
       accelerator: "cpu", "gpu", or a TPU: v4, v5e, v5p, v6e, tpu7x.
       topology: chips of a TPU slice along each axis, "16x16" or "4x4x8".
-      slices: TPU slices of that topology; gin's MeshShape.slice is to agree.
+      slices: TPU slices of that topology; gin's MeshShape.slice is to agree. 1 where there are no TPUs.
       image: container image that has t5x_domain installed (gke_jobset, xpk).
       setup: shell lines that every machine runs first (slurm, tpu_queued), e.g. "cd /shared/t5x_domain".
       python: the interpreter there.
@@ -125,8 +126,14 @@ def check(config: ConfigDict) -> None:
             raise UserError(f"config.{field} = {config[field]}: it cannot be negative.")
     if config.target in TPU_TARGETS:
         _check_tpu(config)
-    elif config.accelerator not in ("cpu", "gpu"):
+        return
+    if config.accelerator not in ("cpu", "gpu"):
         raise UserError(f"config.accelerator = {config.accelerator!r}: the target {config.target} runs 'cpu' or 'gpu'.")
+    if config.slices != 1:
+        raise UserError(
+            f"config.slices = {config.slices}: the target {config.target} has none to ask for; set MeshShape.slice in "
+            "config.overrides where nodes are to be slices of the mesh."
+        )
 
 
 def _check_tpu(config: ConfigDict) -> None:

@@ -5,6 +5,8 @@ Which process it is, and of which slice, GKE and JobSet tell JAX through the env
 https://cloud.google.com/kubernetes-engine/docs/how-to/tpu-multislice, https://jobset.sigs.k8s.io/docs/tasks/failure_policy.
 """
 
+import hashlib
+import json
 import re
 from typing import Any
 
@@ -50,10 +52,17 @@ _POD_FAILURE_RULES = [
 ]
 
 
+# `kubectl apply` would take a JobSet that has ended for one that is there, and start nothing.
+_ADVICE = (
+    "If the JobSet is there already, running or ended, `kubectl delete --ignore-not-found` with the same --filename, "
+    "then launch again: the run goes on from its last checkpoint."
+)
+
+
 def plan(config: ConfigDict) -> Plan:
-    """A manifest for each run, and the kubectl that applies it."""
+    """A manifest for each run, and the kubectl that creates what it describes."""
     manifests = {f"{config.logs}/{run.job_name}.yaml": manifest(config, run) for run in runs(config)}
-    return Plan(manifests, [["kubectl", "apply", f"--filename={path}"] for path in manifests])
+    return Plan(manifests, [["kubectl", "create", f"--filename={path}"] for path in manifests], advice=_ADVICE)
 
 
 def manifest(config: ConfigDict, run: Run) -> str:
@@ -77,13 +86,19 @@ _Dumper.add_representer(str, _Dumper.represent_str)
 
 
 def config_map(config: ConfigDict, run: Run) -> dict[str, Any]:
-    """The gin files as they stand on this machine; those that they include come from the image."""
+    """The gin files as they stand on this machine; those that they include come from the image.
+
+    The name has a digest of them, and nothing changes them any more: pods that start again read what the first read.
+    """
     texts = [find_gin(file, config.gin_search_paths).read_text(encoding="utf-8") for file in config.gin_files]
+    data = dict(zip(_gin_keys(config), texts, strict=True))
+    digest = hashlib.sha256(json.dumps(data).encode()).hexdigest()[:8]
     return {
         "apiVersion": "v1",
         "kind": "ConfigMap",
-        "metadata": _metadata(config, run),
-        "data": dict(zip(_gin_keys(config), texts, strict=True)),
+        "metadata": {**_metadata(config, run), "name": f"{run.job_name}-{digest}"},
+        "immutable": True,
+        "data": data,
     }
 
 
@@ -129,7 +144,9 @@ def _pod(config: ConfigDict, run: Run) -> dict[str, Any]:
         "restartPolicy": "Never",  # or the Job would not see how the program ended
         "terminationGracePeriodSeconds": config.notice_seconds,
         **account,
-        "hostNetwork": True,  # between slices, the pods' own network is slower than the hosts'
+        # Between slices, the pods' own network is slower than the hosts'. On the latter, Workload Identity does not
+        # reach them: buckets see the account of the node pool.
+        "hostNetwork": True,
         "dnsPolicy": "ClusterFirstWithHostNet",
         "nodeSelector": selector,
         "containers": [
@@ -143,7 +160,7 @@ def _pod(config: ConfigDict, run: Run) -> dict[str, Any]:
                 "volumeMounts": [{"name": "gin", "mountPath": _GIN_FOLDER, "readOnly": True}],
             }
         ],
-        "volumes": [{"name": "gin", "configMap": {"name": run.job_name}}],
+        "volumes": [{"name": "gin", "configMap": {"name": config_map(config, run)["metadata"]["name"]}}],
     }
 
 

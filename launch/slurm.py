@@ -15,25 +15,32 @@ from launch.sweep import Run, environment, runs
 from t5x_domain.errors import UserError
 
 # srun's exit status is the highest of its tasks', so a task gives the gravest the highest: a lost process makes its
-# peers end with 75, and what lost it must not be mistaken for a preemption. The trap keeps the shell alive until the
-# program, which gets the same SIGTERM, has saved.
+# peers end with 75, and what lost it must not be mistaken for a preemption. The trap keeps the shell alive while the
+# program, which gets the same signals, saves (SIGTERM) or writes a profile (SIGUSR1).
 _TASK = r"""
-trap : TERM
+trap : TERM USR1
 "$@"
 case $? in 0) exit 0 ;; 75) exit 75 ;; 2) exit 102 ;; *) exit 101 ;; esac
 """.strip()
 
 _BODY = r"""
+logs=$(realpath -- {logs}) # as sbatch has it, wherever the setup goes
+set -e
 {setup}
+set +e
 set -u
 {environment}
 case "${{SLURM_ARRAY_TASK_ID:-0}}" in
 {cases}
 esac
 
-# SLURM tells the steps when time is up, and this shell when the job is cancelled or preempted; it hands that on.
-told=0 steps=
-trap 'told=1; kill -TERM "$steps" 2>/dev/null' TERM
+# Of an array this task alone: the number of one of its tasks is also that of the whole.
+job=${{SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}${{SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}}
+
+# SLURM tells the steps when time is up. What this shell alone is told it hands on, not through srun, which would kill
+# the tasks at once.
+told=0
+trap 'told=1; scancel --signal=TERM "$job"' TERM
 srun --kill-on-bad-exit=0 --cpus-per-task="$SLURM_CPUS_PER_TASK" --label \
   bash -c {task} task "${{program[@]}}" &
 steps=$!
@@ -41,7 +48,7 @@ while wait "$steps"; status=$?; ((told)); do told=0; done
 case $status in 102) status=2 ;; 101) status=1 ;; esac
 {python} -m launch.record "$run_dir" "$status"
 
-failures={logs}/$run.failures
+failures=$logs/$run.failures
 case $status in
   0 | 2) exit "$status" ;;
   75) ;;
@@ -51,9 +58,9 @@ case $status in
     ;;
 esac
 # A job that was cancelled is to stay so, and what SLURM has preempted it queues again itself.
-[[ $(squeue --noheader --format=%T --jobs="$SLURM_JOB_ID") == RUNNING ]] || exit "$status"
+[[ $(squeue --noheader --format=%T --jobs="$job") == RUNNING ]] || exit "$status"
 echo "status $status: back into the queue"
-scontrol requeue "$SLURM_JOB_ID"
+scontrol requeue "$job"
 """.lstrip()
 
 

@@ -37,7 +37,7 @@ def table(folders: Sequence[str]) -> str:
         row = _row(path, config)
         row["bindings"] = " ".join(f"{name}={config[name]}" for name in told_apart if name in config)
         rows.append(row)
-    rows.sort(key=lambda row: (row["held-out"] is None, row["held-out"] or 0.0, row["run"]))
+    rows.sort(key=_rank)
     return _aligned(rows)
 
 
@@ -100,6 +100,14 @@ def _row(path: epath.Path, config: Mapping[str, str]) -> dict[str, Any]:
         "goodput": goodput,
         "state": state(path, done, time.time()),
     }
+
+
+def _rank(row: Mapping[str, Any]) -> tuple[int, float, str]:
+    """The smallest held-out loss first, then those that have diverged, then those that have none yet."""
+    loss = row["held-out"]
+    if loss is None:
+        return 2, 0.0, row["run"]
+    return (0, loss, row["run"]) if math.isfinite(loss) else (1, 0.0, row["run"])
 
 
 def _total_steps(config: Mapping[str, str]) -> int | None:

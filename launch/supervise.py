@@ -25,6 +25,7 @@ EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: start the same command again
 _OUR_SIGNALS = (-signal.SIGTERM, -signal.SIGKILL)
 _POLL_SECONDS = 0.1
 _AFTER_FAILURE_SECONDS = 10.0
+_SHOWN_LINES, _SHOWN_BYTES = 20, 16384  # of the log of a process that has failed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Supervisor:
     def run(self) -> int:
         """The exit status of the last attempt: 0, 2, 75 if told to stop, or that of the first process to fail."""
         self.logs.mkdir(parents=True, exist_ok=True)
-        print(f"launch: logs in {self.logs}", flush=True)
+        _say(f"launch: logs in {self.logs}")
         failures = 0
         with _Stop() as stop, _alone(self.lock):
             while True:
@@ -65,10 +66,10 @@ class Supervisor:
                 self._record(status)
                 failures += status not in (0, EXIT_PREEMPTED)
                 if status in (0, EXIT_USER_ERROR) or stop.given or failures > self.max_restarts:
-                    print(f"launch: ended with status {status}", flush=True)
+                    _say(f"launch: ended with status {status}")
                     return status
                 counted = "" if status == EXIT_PREEMPTED else f" (failure {failures} of {self.max_restarts} allowed)"
-                print(f"launch: status {status}{counted}; starting again", flush=True)
+                _say(f"launch: status {status}{counted}; starting again")
                 stop.wait(self.restart_wait_seconds)
 
     def _record(self, status: int | None) -> None:
@@ -93,7 +94,18 @@ class Supervisor:
         # A crash may be slower to end than a peer that noticed it; but what our own signals do says nothing.
         ended = [process.returncode for process in running]
         statuses = failed + [status for status in ended if status not in _OUR_SIGNALS] or ended
-        return max((_shell_status(status) for status in statuses), key=_gravity)
+        status = max((_shell_status(status) for status in statuses), key=_gravity)
+        if status not in (0, EXIT_PREEMPTED):
+            self._show_log(next(i for i, code in enumerate(ended) if _shell_status(code) == status))
+        return status
+
+    def _show_log(self, index: int) -> None:
+        """Why a process has failed: the machine with its log may be gone when somebody asks."""
+        path = self.logs / f"process-{index}.txt"
+        with open(path, "rb") as log:
+            log.seek(max(os.path.getsize(path) - _SHOWN_BYTES, 0))
+            lines = log.read().decode(errors="replace").splitlines()
+        _say("\n".join([f"launch: the last lines of {path}:", *lines[-_SHOWN_LINES:]]))
 
     def _start(self, index: int, address: str) -> subprocess.Popen:
         with open(self.logs / f"process-{index}.txt", "ab") as log:
@@ -171,12 +183,21 @@ def _alone(lock: Path | None) -> Iterator[None]:
             except BlockingIOError:
                 file.seek(0)
                 if holder := file.read():
-                    os.kill(int(holder), signal.SIGTERM)
+                    with contextlib.suppress(ProcessLookupError):  # it has just ended
+                        os.kill(int(holder), signal.SIGTERM)
                 time.sleep(_POLL_SECONDS)
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
         yield
+
+
+def _say(text: str) -> None:
+    """Prints, or not: on a TPU host nobody may listen any more, and the run goes on."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left in the buffer goes there
 
 
 def _shell_status(status: int) -> int:

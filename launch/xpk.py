@@ -16,9 +16,15 @@ from launch.tpu import slice_of
 _RESTARTED = "1,3-126"
 
 
+_ADVICE = (
+    "If the workload is there already, running or ended, `xpk workload delete` with the same --workload, --cluster, "
+    "--project and --zone, then launch again: the run goes on from its last checkpoint."
+)
+
+
 def plan(config: ConfigDict) -> Plan:
     """The commands."""
-    return Plan({}, [_command(config, run) for run in runs(config)])
+    return Plan({}, [_command(config, run) for run in runs(config)], advice=_ADVICE)
 
 
 def _command(config: ConfigDict, run: Run) -> list[str]:

@@ -5,6 +5,8 @@ reached with fsspec (gcsfs, s3fs: the extras `gcp` and `aws`), which find creden
 tools do.
 """
 
+import contextlib
+import errno
 import io
 import logging
 import os
@@ -21,6 +23,7 @@ from t5x_domain.errors import StorageError, UserError
 
 GIVE_UP_SECONDS = 120.0
 _FIRST_DELAY, _LONGEST_DELAY = 0.5, 20.0  # seconds
+_CONNECT_SECONDS, _SILENT_SECONDS = 30.0, 60.0  # after which a connection counts as lost
 _BLOCK_BYTES = 8 << 20  # read at once from an object that is read as a stream
 
 # What a connection may raise that the next one may not. Named, because the packages may be absent.
@@ -76,7 +79,8 @@ def retrying[T](place: object, call: Callable[..., T], *arguments: Any, **option
     """Calls `call(*arguments, **options)` until it succeeds, for as long as its errors are transient.
 
     The time between attempts doubles from half a second to twenty, less a random part, so that many processes do not
-    come back together (Brooker 2015, "Exponential Backoff And Jitter"). Each failed attempt is logged in a line.
+    come back together (Brooker 2015, "Exponential Backoff And Jitter"). Each failed attempt is logged in a line. Of an
+    attempt's own time no more than twenty seconds count: a transfer may have gone well for long before it broke off.
 
     Args:
       place: the path at which it works, for messages.
@@ -88,19 +92,21 @@ def retrying[T](place: object, call: Callable[..., T], *arguments: Any, **option
       UserError: credentials or permission are missing.
       Any other error of `call`, at once.
     """
-    start, attempts = time.monotonic(), 0
+    start, attempts, failing = time.monotonic(), 0, 0.0
     while True:
+        began = time.monotonic()
         try:
             return call(*arguments, **options)
         except Exception as error:
             attempts += 1
             if not is_transient(error):
                 raise _explained(place, error) from error
-            seconds, reason = time.monotonic() - start, _one_line(error)
+            now, reason = time.monotonic(), _one_line(error)
             delay = min(_LONGEST_DELAY, _FIRST_DELAY * 2 ** (attempts - 1)) * random.uniform(0.5, 1.0)
-            if seconds + delay > GIVE_UP_SECONDS:
+            failing += min(now - began, _LONGEST_DELAY) + delay
+            if failing > GIVE_UP_SECONDS:
                 raise StorageError(
-                    f"{place}: the storage did not answer in {attempts} attempts over {seconds:.0f} s ({reason}); "
+                    f"{place}: the storage did not answer in {attempts} attempts over {now - start:.0f} s ({reason}); "
                     "what was complete is safe, start the same command again when it does."
                 ) from error
         logging.getLogger(__name__).warning("%s: %s; attempt %d in %.1f s", place, reason, attempts + 1, delay)
@@ -115,18 +121,29 @@ def filesystem(scheme: str) -> Any:
     """
     import fsspec
 
-    # What other processes have written must be seen. A request is repeated twice by the client, quietly, so that one of
-    # the many parts of a large object does not cost the others; `retrying` does the rest.
-    few = {"config_kwargs": {"retries": {"max_attempts": 2, "mode": "standard"}}} if scheme == "s3" else {}
     try:
-        found = fsspec.filesystem(scheme, use_listings_cache=False, **few)
+        # What other processes have written must be seen.
+        found = fsspec.filesystem(scheme, use_listings_cache=False, **_client_options(scheme))
     except ImportError as error:
         raise UserError(
             f"{scheme}://: a package is missing ({error}); pip install 't5x_domain[{_CLOUDS[scheme].extra}]'."
         ) from error
-    found.retries = 1
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # errors are explained here
     return found
+
+
+def _client_options(scheme: str) -> dict[str, Any]:
+    """After how long a client takes a connection for lost, and how often it repeats a request itself, quietly.
+
+    It does so that one of the many parts of a large object does not cost the others; `retrying` does the rest. s3fs is
+    told to repeat it twice; gcsfs sends it six times in all and cannot be told otherwise.
+    """
+    if scheme == "s3":
+        times = {"connect_timeout": _CONNECT_SECONDS, "read_timeout": _SILENT_SECONDS}
+        return {"config_kwargs": {"retries": {"max_attempts": 2, "mode": "standard"}, **times}}
+    import aiohttp
+
+    return {"requests_timeout": aiohttp.ClientTimeout(sock_connect=_CONNECT_SECONDS, sock_read=_SILENT_SECONDS)}
 
 
 @epath.register_path_cls(("gs://", "s3://"))
@@ -153,19 +170,20 @@ class BucketPath(PosixGPath):
         return StatResult(info["type"] == "directory", info["size"], _nanoseconds(info) // 10**9)
 
     def iterdir(self) -> Iterator["BucketPath"]:
+        folder = "/".join(self.parts[2:])
         for name in self._call("ls", detail=False):
-            name = name.rstrip("/").rpartition("/")[2]
-            if name != self.name:  # what some tools write to mark an empty folder
-                yield self / name
+            name = name.strip("/")
+            if name != folder:  # what some tools write to mark an empty folder
+                yield self / name.rpartition("/")[2]
 
     def glob(self, pattern: str) -> Iterator["BucketPath"]:
         for name in (self / pattern)._call("glob"):
             yield type(self)(f"{self.parts[1]}://{name}")
 
-    def matching(self) -> list[str]:
-        """Objects that match this path, in which *, ?, [ ] and ** stand for what they do in a shell; sorted."""
-        found = self._call("glob", detail=True)
-        return sorted(f"{self.parts[1]}://{name}" for name, info in found.items() if info["type"] == "file")
+    def matching(self) -> list[tuple[str, int]]:
+        """(object, bytes) where this path matches, in which *, ?, [ ] and ** do what they do in a shell; sorted."""
+        found = self._call("glob", detail=True).items()
+        return sorted((f"{self.parts[1]}://{name}", info["size"]) for name, info in found if info["type"] == "file")
 
     def listing(self) -> list[tuple[str, int, int]]:
         """(name below this folder, bytes, nanoseconds) of every object, by name, in one request for each thousand."""
@@ -187,18 +205,19 @@ class BucketPath(PosixGPath):
             raise OSError(f"{self} is not empty.")
 
     def unlink(self, missing_ok: bool = False) -> None:
-        try:
-            self._call("rm_file")
-        except FileNotFoundError:
-            if not missing_ok:
-                raise
+        self._remove("rm_file", missing_ok or self.is_file())
 
     def rmtree(self, missing_ok: bool = False) -> None:
-        try:
-            self._call("rm", recursive=True)
-        except FileNotFoundError:
-            if not missing_ok:
-                raise
+        self._remove("rm", missing_ok or self.exists(), recursive=True)
+        for name, _, _ in self.listing():  # s3fs does not say what it could not remove; one by one the reason is given
+            (self / name).unlink(missing_ok=True)
+
+    def _remove(self, method: str, expected: bool, **options: Any) -> None:
+        """Looks first: "not found" is also what is said when the answer to an earlier attempt was lost."""
+        if not expected:
+            raise FileNotFoundError(errno.ENOENT, "there is no such object", str(self))
+        with contextlib.suppress(FileNotFoundError):
+            self._call(method, **options)
 
     def rename(self, target: epath.PathLike) -> "BucketPath":
         """Refused: buckets cannot do it in one step. Write whole objects instead."""
@@ -295,6 +314,8 @@ def _explained(place: object, error: Exception) -> Exception:
     cloud = _CLOUDS.get(str(place).partition("://")[0])
     if cloud is None:
         return error
+    if isinstance(error, FileNotFoundError):  # with the fields that a disk's has, from which messages are made
+        return FileNotFoundError(errno.ENOENT, "there is no such object", str(place))
     names = set().union(*(_names(cause) for cause in _causes(error)))
     statuses = {_status(cause) for cause in _causes(error)}
     if names & _NO_CREDENTIALS or 401 in statuses:

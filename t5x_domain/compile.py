@@ -1,5 +1,7 @@
 """`python -m t5x_domain.compile --topology=v5e:16x16 --gin_file=…`: what a run needs of machines that are not there."""
 
+import argparse
+import re
 from collections.abc import Sequence
 
 from t5x_domain import cli
@@ -17,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--search", action="store_true", help="try meshes, --batch_sizes and --remats, and rank them")
     parser.add_argument("--search_limit", type=int, default=8, help="compile so many of them at most")
     parser.add_argument("--batch_sizes", type=_numbers, help="256,512: rows of an update; the run's own without")
-    parser.add_argument("--remats", type=_words, help="none,minimal,full; the run's own without")
+    parser.add_argument("--remats", type=_remats, help="none,minimal,full; the run's own without")
     parser.add_argument("--compile_timeout", type=float, help="seconds that a compilation may take")
     flags, bindings = cli.parse(parser, argv)
     if not flags.gin_file:
@@ -34,11 +36,16 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _numbers(text: str) -> list[int]:
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of positive numbers like 256,512")
     return [int(word) for word in text.split(",")]
 
 
-def _words(text: str) -> list[str]:
-    return text.split(",")
+def _remats(text: str) -> list[str]:
+    words = text.split(",")
+    if unknown := set(words) - {"none", "minimal", "full"}:
+        raise argparse.ArgumentTypeError(f"{unknown.pop()!r} is not one of none, minimal, full")
+    return words
 
 
 if __name__ == "__main__":

@@ -13,12 +13,14 @@ missing credentials, permissions, buckets and packages. There are three differen
 is renamed, and a folder exists while something is in it.
 """
 
+import contextlib
 import functools
 import hashlib
 import os
 import re
 import tempfile
-from collections.abc import Mapping
+import uuid
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +45,9 @@ def path(place: str | os.PathLike) -> epath.Path:
     """The path that a user gave.
 
     Raises:
-      UserError: it has a scheme other than gs:// and s3://.
+      UserError: it has a scheme other than gs:// and s3://, or one of these with a single slash.
     """
-    if re.match("[a-z][a-z0-9+.-]*://", str(place)) and not is_remote(place):
+    if re.match("[a-z][a-z0-9+.-]*://|(gs|s3):/", str(place)) and not is_remote(place):
         raise UserError(f"{place}: neither a path of this machine nor gs:// or s3://, which are all that is read.")
     return epath.Path(place)
 
@@ -60,17 +62,34 @@ def write_atomically(place: str | os.PathLike, content: bytes) -> None:
     if is_remote(place):
         path(place).write_bytes(content)
         return
-    target = Path(place)
+    target = Path(path(place))
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    with replacing(target) as partial:
+        partial.write_bytes(content)
+
+
+@contextlib.contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """A file beside `target`, of this machine, that takes its place when the block ends and goes if it fails.
+
+    Several processes may write the same file at once, on several machines; it is one of theirs, and durable.
+    """
+    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     try:
-        with open(partial, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(target)
+        yield partial
+        fsync(partial)
+        os.replace(partial, target)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def fsync(place: Path) -> None:
+    """Waits until a file or folder of this machine is on its disk."""
+    descriptor = os.open(place, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def local_copy(place: str | os.PathLike) -> Path:
@@ -101,8 +120,8 @@ def scratch_folder() -> Path:
     return Path(tempfile.mkdtemp(dir=_scratch(os.getpid()).name))
 
 
-def matching(pattern: str) -> list[str]:
-    """Sorted objects of a bucket that match a glob pattern such as "gs://bucket/corpus/*.jsonl"."""
+def matching(pattern: str) -> list[tuple[str, int]]:
+    """(object, bytes) of all in a bucket that match a glob pattern such as "gs://bucket/corpus/*.jsonl", sorted."""
     return path(pattern).matching()
 
 

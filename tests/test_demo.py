@@ -46,7 +46,7 @@ def run(verb, folder, *flags):
     return result.stdout
 
 
-def run_demo(folder, *flags):
+def run_demo(folder, *flags, steps=STEPS):
     settings = {
         "VOCABULARY_SIZE": 1000,
         "ModelConfig.vocab_size": 1280,
@@ -55,7 +55,7 @@ def run_demo(folder, *flags):
         "ModelConfig.head_dim": 32,
         "ModelConfig.num_encoder_layers": 2,
         "ModelConfig.num_decoder_layers": 2,
-        "TRAIN_STEPS": STEPS,
+        "TRAIN_STEPS": steps,
     }
     printed = run("demo", folder, *(f"--gin.{name}={value}" for name, value in settings.items()), *flags)
     return json.loads((folder / "eval.json").read_text()), printed
@@ -67,20 +67,27 @@ def falls(summary):
     }
 
 
-def test_perplexity_falls_by_the_stated_factor(tmp_path):
-    summary, printed = run_demo(tmp_path / "demo")
-    assert falls(summary)["biomedical"] > FACTOR
+def test_it_says_what_it_learned(tmp_path):
+    """In a tenth of the steps it learns how often each piece occurs, if little more."""
+    summary, printed = run_demo(tmp_path / "demo", steps=STEPS // 10)
+    assert min(falls(summary).values()) > 2
     report = (tmp_path / "demo" / "report.html").read_text()
     for corpus in ("biomedical", "general"):
         assert f"{summary['after'][corpus]['perplexity']:.1f}" in printed
         assert corpus in report
     assert "<svg" in report
     metrics = [json.loads(line) for line in (tmp_path / "demo" / "metrics.jsonl").read_text().splitlines()]
-    assert metrics[-1]["step"] == STEPS
+    assert metrics[-1]["step"] == STEPS // 10
     assert np.isfinite([line["loss"] for line in metrics]).all()
     # A checkpoint says again what training found.
     scores = json.loads(run("evaluate", tmp_path / "demo"))
     assert scores == {corpus: summary["after"][corpus] for corpus in scores}
+
+
+@pytest.mark.slow
+def test_perplexity_falls_by_the_stated_factor(tmp_path):
+    summary, _ = run_demo(tmp_path / "demo")
+    assert falls(summary)["biomedical"] > FACTOR
 
 
 @pytest.mark.slow

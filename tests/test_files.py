@@ -21,6 +21,20 @@ def test_a_file_is_whole_or_what_it_was(tmp_path, monkeypatch):
     assert os.listdir(path.parent) == ["file"]
 
 
+def test_writers_do_not_share_what_they_write_into(tmp_path, monkeypatch):
+    """Processes of several hosts may have one number; that of another may write at any moment."""
+    path, fsync = tmp_path / "file", os.fsync
+
+    def meanwhile(descriptor):
+        monkeypatch.setattr(os, "fsync", fsync)
+        write_atomically(path, b"the other's")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", meanwhile)
+    write_atomically(path, b"ours")
+    assert path.read_bytes() == b"ours" and os.listdir(tmp_path) == ["file"]
+
+
 class Bucket:
     """Of its objects, "gone" is removed from the disk before it is uploaded, and "refused" is not taken."""
 

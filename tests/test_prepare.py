@@ -58,6 +58,16 @@ def test_prepares_keeps_and_overwrites(small, capsys):
     assert first[0] != manifest.stat().st_mtime_ns and first[1] == manifest.read_bytes()
 
 
+def test_advice_looks_at_a_sample(small, capsys, monkeypatch):
+    from t5x_domain.data import lengths, preparation
+
+    read, batches = [], lengths.Batches
+    monkeypatch.setattr(preparation, "_SAMPLED_DOCUMENTS", 7)
+    monkeypatch.setattr(lengths, "Batches", lambda *_, **how: read.append(how["subset"]) or batches(*_, **how))
+    assert "LENGTHS = {'inputs': 512, 'targets': " in succeeds(capsys, small)
+    assert read and all(subset == {"biomedical": 7, "general": 7} for subset in read)
+
+
 def test_changed_corpora_and_vocabularies_are_noticed(small, capsys):
     succeeds(capsys, small)
     error = fails(capsys, [*small, "--gin.general/Corpus.version=2"])
@@ -78,6 +88,16 @@ def test_bad_corpus_leaves_nothing(small, capsys):
     assert not Path("cache").exists()
     out = succeeds(capsys, [*small, "--gin.JsonlSource.skip_bad_records=True"])
     assert "1 skipped: not a JSON object" in out
+
+
+def test_a_folder_of_something_else_is_left_alone(small, capsys):
+    """As one's own documents, where CACHE_DIR is the folder above them."""
+    Path("cache/sample/general").mkdir(parents=True)
+    Path("general.jsonl").rename("cache/sample/general/all.jsonl")
+    flags = [*small, "--gin.GENERAL='cache/sample/general/all.jsonl'"]
+    for more in ([], ["--overwrite"]):
+        assert "cache/sample/general: holds files that are no token cache; choose" in fails(capsys, [*flags, *more])
+    assert Path("cache/sample/general/all.jsonl").exists()
 
 
 def test_vocabulary_errors(small, capsys):

@@ -16,6 +16,7 @@ import bisect
 import collections
 import contextlib
 import functools
+import hashlib
 import itertools
 import json
 import os
@@ -133,6 +134,12 @@ class CachedSplit:
     def __reduce__(self):  # noqa: ANN204
         return CachedSplit, self._arguments
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the digests of all shards, in hexadecimal: another one means other documents or another order."""
+        checks = json.dumps([shard["checks"] for shard in self._shards], sort_keys=True)
+        return hashlib.sha256(checks.encode()).hexdigest()
+
     @functools.cached_property
     def offsets(self) -> Offsets:
         """int64 [num_documents + 1]: tokens before each document in stored order; EOS is not stored nor counted."""
@@ -210,9 +217,21 @@ def partial_folder(folder: epath.Path) -> epath.Path:
     return folder if files.is_remote(folder) else folder.with_name(f".{folder.name}.partial")
 
 
+def is_cache(folder: epath.Path) -> bool:
+    """Whether a folder holds a cache of any format: whether its manifest is one of ours."""
+    try:
+        return _is_manifest(json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
+    except (FileNotFoundError, ValueError):
+        return False
+
+
+def _is_manifest(content: object) -> bool:
+    return isinstance(content, dict) and "format_version" in content
+
+
 def _read_manifest(folder: epath.Path) -> dict:
     try:
-        return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         state = (
             "was interrupted while it was written"
@@ -221,7 +240,15 @@ def _read_manifest(folder: epath.Path) -> dict:
         )
         raise UserError(f"{folder}: the token cache {state}; run `python -m t5x_domain.prepare` first.") from error
     except ValueError as error:
-        raise _stale(folder, "has a manifest.json that is no JSON") from error
+        raise _foreign(folder, "has a manifest.json that is no JSON") from error
+    if not _is_manifest(manifest):
+        raise _foreign(folder, "has a manifest.json that is none of a token cache")
+    return manifest
+
+
+def _foreign(folder: epath.Path, reason: str) -> UserError:
+    """`prepare` takes nothing away that it may not have written, so the user has to."""
+    return UserError(f"{folder}: {reason}; choose another CACHE_DIR, or remove the folder and run `prepare` again.")
 
 
 def _stale(folder: epath.Path, reason: str) -> UserError:

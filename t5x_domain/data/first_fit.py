@@ -1,9 +1,8 @@
 """First-fit packing: rows of several whole documents, planned from lengths alone before a token is read."""
 
-import functools
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -72,6 +71,7 @@ class FirstFit(Sampler):
         self._budgets = [max(1, round(share * tokens)) for share in shares]
         self._sources = list({source.key: source for source, _ in components}.values())
         self._starts = {source.key: 0 for source in self._sources}
+        self._planned: dict[int, Window] = {}
 
     def _row_shares(self, components: Sequence[tuple[Source, Shape]], shares: Sequence[float]) -> list[float]:
         """Room by raw token of the mixture, as a share of a row's (encoder, decoder); no encoder has capacity 0."""
@@ -112,9 +112,16 @@ class FirstFit(Sampler):
         )
 
     def _windows(self, start: int, stop: int) -> list[Window]:
-        return [
-            _plan(self, index) for index in range(start // self._rows_per_window, -(-stop // self._rows_per_window))
-        ]
+        """Small batches and threads ask for the same windows again, so those of the last rows stay, and one more."""
+        indices = range(start // self._rows_per_window, -(-stop // self._rows_per_window))
+        known = self._planned
+        windows = {index: known.get(index) or self.plan(index) for index in indices}
+        others = [index for index in known if index not in windows]
+        self._planned = windows | {index: known[index] for index in others[:1]}  # at once: other threads read it
+        return list(windows.values())
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_planned": {}}
 
     def plan(self, window: int) -> Window:
         """Deals the pieces of a window to its rows; a pure function of the seed and the window's index."""
@@ -152,12 +159,6 @@ class FirstFit(Sampler):
             for stretch in source.stretches(start, stop, self._seed):
                 result += shape.pieces(source, component, *stretch)
         return result
-
-
-@functools.lru_cache(maxsize=512)
-def _plan(sampler: FirstFit, window: int) -> Window:
-    """Small batches and several threads ask for the same window again. Samplers are told apart by identity."""
-    return sampler.plan(window)
 
 
 class Room:

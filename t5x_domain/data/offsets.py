@@ -31,14 +31,25 @@ class Offsets:
     Takes an index, a slice without step, `searchsorted`, `len` and `np.asarray`. Pickles without what it has read.
     """
 
-    def __init__(self, shards: Sequence[ShardLengths], *, separator: int = 0, first: int = 0, stop: int | None = None):
-        """Of documents [first, stop) of the shards joined, each followed by `separator` more tokens."""
+    def __init__(
+        self,
+        shards: Sequence[ShardLengths],
+        *,
+        separator: int = 0,
+        first: int = 0,
+        stop: int | None = None,
+        indices: dict[int, "_Index"] | None = None,
+    ):
+        """Of documents [first, stop) of the shards joined, each followed by `separator` more tokens.
+
+        `indices` are what others with the same separator have read.
+        """
         self._shards = shards
         self._separator = separator
         self._documents = [0, *itertools.accumulate(shard.documents for shard in shards)]
         self._tokens = [0, *itertools.accumulate(shard.tokens + separator * shard.documents for shard in shards)]
         self._first, self._stop = first, self._documents[-1] if stop is None else stop
-        self._indices: dict[int, _Index] = {}
+        self._indices: dict[int, _Index] = {} if indices is None else indices
         self._begin = self._before(self._first)
 
     @classmethod
@@ -52,7 +63,8 @@ class Offsets:
     def part(self, first: int, stop: int) -> "Offsets":
         """Of documents [first, stop), counted from the first."""
         assert 0 <= first < stop < len(self)
-        return Offsets(self._shards, separator=self._separator, first=self._first + first, stop=self._first + stop)
+        place = {"first": self._first + first, "stop": self._first + stop}
+        return Offsets(self._shards, separator=self._separator, **place, indices=self._indices)
 
     def with_separators(self) -> "Offsets":
         """With one more token after every document."""

@@ -8,13 +8,15 @@ large corpora want many shards.
 """
 
 import collections
+import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import tqdm
 from etils import epath
@@ -107,18 +109,40 @@ class CacheWriter:
         """Writes one shard from the spills, and beside it what the manifest is to say of it."""
         spills = [self._spill_path(task) for task in self.tasks if task.split == split]
         records = (record for spill in spills for record in read_spill(spill, shard))
-        entry = write_shard(self.folder, split, shard, self.num_shards, records)
-        files.write_atomically(self._entry_path(split, shard), json.dumps(entry).encode())
+        with self._while_nobody_clears():
+            entry = write_shard(self.folder, split, shard, self.num_shards, records)
+            files.write_atomically(self._entry_path(split, shard), json.dumps(entry).encode())
 
-    def finish(self) -> None:
-        """Collects the shards' entries and writes the manifest. Raises UserError if a split has no document."""
-        splits = {split: self._split_entry(split) for split in self.corpus.source.splits}
+    @contextlib.contextmanager
+    def _while_nobody_clears(self) -> Iterator[None]:
+        """Explains that files which were written are gone: in a bucket there are no locks."""
+        try:
+            yield
+        except FileNotFoundError as error:
+            raise UserError(
+                f"{self.folder}: what was written is gone ({error}); another `prepare` has finished or cleared this "
+                "cache. See that only one writes it, and start the same command again."
+            ) from error
+
+    def finish(self, source: Mapping[str, Any]) -> None:
+        """Collects the shards' entries and writes the manifest, which says of the source what it was at the beginning.
+
+        Raises:
+          UserError: a split has no document; the source is no longer what it was, `Source.describe`, at the beginning.
+        """
+        with self._while_nobody_clears():
+            splits = {split: self._split_entry(split) for split in self.corpus.source.splits}
+        if (now := self.corpus.source.describe()) != source:
+            raise UserError(
+                f"corpus {self.corpus.name}: {_changed_part(source, now)} has changed since this was begun; when "
+                "nothing changes it any more, start the same command again."
+            )
         manifest = {
             "corpus": self.corpus.name,
             "version": self.corpus.version,
             "vocabulary": {**self.vocabulary.description, "fingerprint": self.vocabulary.fingerprint},
             "token_dtype": token_dtype(self.vocabulary.vocab_size).str,
-            "source": self.corpus.source.describe(),
+            "source": source,
             "splits": splits,
         }
         write_manifest(self.folder, manifest)
@@ -136,7 +160,7 @@ class CacheWriter:
         return {**totals, "skipped": dict(sorted(skipped.items())), "metadata_fields": fields, "shards": shards}
 
     def _spill_path(self, task: Task) -> epath.Path:
-        name = f"{task.split}-{task.part_number:05d}-{task.turn:02d}-of-{task.turns:02d}.spill"
+        name = f"{task.split}-{task.part_number:05d}-{task.turn:02d}-of-{task.turns:02d}.records"
         return self.work / name
 
     def _entry_path(self, split: str, shard: int) -> epath.Path:
@@ -150,6 +174,7 @@ def write_cache(
     *,
     num_shards: int,
     beam_flags: Sequence[str] | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Tokenises all splits of a corpus into `<cache_dir>/<corpus.name>`, replacing what is there once it is complete.
 
@@ -161,10 +186,11 @@ def write_cache(
       cache_dir: a folder of this machine, a shared one or a bucket's; all Beam workers must see it under this path.
       num_shards: shards of each split.
       beam_flags: None reads in this process, otherwise the command-line flags of a Beam pipeline.
+      overwrite: write again in a bucket, too, where all was done but for some cleaning up.
 
     Raises:
-      UserError: as `Source.read`; a document has no tokens; a split has no document; Beam is not installed; another
-        process is writing the same cache.
+      UserError: as `Source.read`; a document has no tokens; a split has no document; the source has changed meanwhile;
+        Beam is not installed; another process is writing the same cache; its folder holds something else.
     """
     if beam_flags is not None:
         _require_beam()
@@ -174,7 +200,7 @@ def write_cache(
         "source": corpus.source.describe(),
         "shards": num_shards,
     }
-    with writing(cache_dir, corpus.name, plan) as folder:
+    with writing(cache_dir, corpus.name, plan, overwrite=overwrite) as folder:
         if (folder / MANIFEST).exists():
             return  # interrupted when all was done
         work = work_folder(folder, plan)
@@ -192,7 +218,16 @@ def write_cache(
             _run_here(writer, tasks, shards)
         else:
             _run_beam(writer, tasks, shards, beam_flags)
-        writer.finish()
+        writer.finish(plan["source"])
+
+
+def _changed_part(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """A part of a source, as `Source.describe` names it, that is not what it was."""
+    for split, parts in before["parts"].items():
+        for one, other in itertools.zip_longest(parts, now["parts"][split]):
+            if one != other:
+                return (one or other)[0]
+    raise AssertionError("only parts change while a source is read")
 
 
 def _seen_anywhere(folder: epath.Path) -> epath.Path:
@@ -203,8 +238,8 @@ def _seen_anywhere(folder: epath.Path) -> epath.Path:
 def _tasks(corpus: Corpus) -> list[Task]:
     source, tasks = corpus.source, []
     for split in source.splits:
-        for number, part in enumerate(source.parts(split)):
-            turns = min(max(1, -(-source.part_size(part) // _TURN_BYTES)), _MOST_TURNS)
+        for number, (part, size) in enumerate(source.sized_parts(split)):
+            turns = min(max(1, -(-size // _TURN_BYTES)), _MOST_TURNS)
             tasks += [Task(split, number, part, turn, turns) for turn in range(turns)]
     return tasks
 

@@ -9,13 +9,14 @@ import numpy as np
 
 from t5x_domain import files
 from t5x_domain.data.cache import MANIFEST, CachedSplit, TokenCache
+from t5x_domain.data.cache_writer import clear_up
 from t5x_domain.data.curriculum import Phase
 from t5x_domain.data.pipeline import write_cache
 from t5x_domain.data.tasks import Corpus, Mixture
 from t5x_domain.data.vocabulary import ByteVocabulary, Vocabulary, train_sentencepiece
 from t5x_domain.errors import UserError
 
-_SAMPLED_DOCUMENTS = 1_000_000
+_SAMPLED_DOCUMENTS = 1_000_000  # the first of a corpus, which are a random sample
 
 
 @gin.configurable
@@ -65,7 +66,9 @@ def prepare(
     caches = []
     for corpus in corpora:
         if overwrite or not _is_complete(corpus, vocabulary, cache_dir):
-            write_cache(corpus, vocabulary, cache_dir, num_shards=num_shards, beam_flags=beam_flags)
+            write_cache(
+                corpus, vocabulary, cache_dir, num_shards=num_shards, beam_flags=beam_flags, overwrite=overwrite
+            )
             state = "written"
         else:
             state = "kept, it is complete (--overwrite writes it again)"
@@ -95,7 +98,8 @@ def _advice(
     names = [corpus.name for corpus in mixture.corpora]
     try:
         splits = [cache.split(split) for cache in caches if cache.manifest["corpus"] in names]
-        best, equal = recommend(mixture, splits, vocabulary, inputs)
+        subset = {split.corpus: min(split.num_documents, _SAMPLED_DOCUMENTS) for split in splits}
+        best, equal = recommend(mixture, splits, vocabulary, inputs, subset)
     except UserError as error:
         said = str(error).partition("\n  In call to configurable")[0]  # what gin adds is of no use here
         return f"{head} none can be recommended, because {said}"
@@ -156,7 +160,7 @@ def _texts(corpora: Sequence[Corpus], split: str) -> Iterator[str]:
 
 def _is_complete(corpus: Corpus, vocabulary: Vocabulary | ByteVocabulary, cache_dir: str) -> bool:
     folder = files.path(cache_dir) / corpus.name
-    if not (folder / MANIFEST if files.is_remote(folder) else folder).exists():  # see `cache_writer`
+    if not (folder / MANIFEST).exists():  # `write_cache` refuses a folder of other things
         return False
     cache = TokenCache.open(
         cache_dir, corpus.name, vocabulary_fingerprint=vocabulary.fingerprint, version=corpus.version
@@ -166,4 +170,5 @@ def _is_complete(corpus: Corpus, vocabulary: Vocabulary | ByteVocabulary, cache_
             f"{cache.folder}: the token cache was made from another source than gin names now (files, sizes or fields "
             "differ); write it again with --overwrite, or choose another CACHE_DIR."
         )
+    clear_up(folder)
     return True

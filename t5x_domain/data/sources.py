@@ -19,6 +19,7 @@ import gin
 from t5x_domain import files
 from t5x_domain.cli import gin_search_paths
 from t5x_domain.data.lines import read_lines
+from t5x_domain.data.whole_files import at_hand
 from t5x_domain.errors import UserError
 
 
@@ -60,12 +61,18 @@ class Source(abc.ABC):
         """Names of the splits."""
 
     @abc.abstractmethod
-    def parts(self, split: str) -> list[str]:
-        """What can be read independently, in a fixed order, e.g. files. Raises UserError if there are none."""
+    def sized_parts(self, split: str) -> list[tuple[str, int]]:
+        """What can be read independently, in a fixed order, e.g. files, and how large it is.
 
-    @abc.abstractmethod
-    def part_size(self, part: str) -> int:
-        """Size in bytes, or another number that changes with the content; a cache made from another size is stale."""
+        The size is in bytes, or another number that changes with the content: a cache made from another size is stale.
+
+        Raises:
+          UserError: there is no part.
+        """
+
+    def parts(self, split: str) -> list[str]:
+        """`sized_parts` without the sizes."""
+        return [part for part, _ in self.sized_parts(split)]
 
     @abc.abstractmethod
     def _records(self, split: str, part: str) -> Iterator[tuple[int, str, Mapping | BadRecord]]:
@@ -74,9 +81,7 @@ class Source(abc.ABC):
     def describe(self) -> dict:
         """What the cache's manifest says of the source. Folders are left out, so a moved corpus stays the same."""
         knobs = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "files"}
-        parts = {
-            split: [[Path(part).name, self.part_size(part)] for part in self.parts(split)] for split in self.splits
-        }
+        parts = {split: [[Path(part).name, size] for part, size in self.sized_parts(split)] for split in self.splits}
         return json.loads(json.dumps({"kind": type(self).__name__, **knobs, "parts": parts}))
 
     def read(self, split: str, part_number: int, part: str) -> Iterator[Document | BadRecord]:
@@ -168,20 +173,22 @@ class FileSource(Source):
     def splits(self) -> list[str]:
         return list(self.files)
 
-    def parts(self, split: str) -> list[str]:
+    def sized_parts(self, split: str) -> list[tuple[str, int]]:
         if split not in self.files:
             raise UserError(f"{type(self).__name__}.files has no split '{split}', only {', '.join(self.files)}.")
         patterns = [self.files[split]] if isinstance(self.files[split], str) else self.files[split]
-        return [path for pattern in patterns for path in resolve_files(pattern)]
-
-    def part_size(self, part: str) -> int:
-        return files.path(part).stat().length
+        return [found for pattern in patterns for found in sized_files(pattern)]
 
 
 def resolve_files(pattern: str, setting: str = "the source's `files`") -> list[str]:
-    """Sorted files that match a path or glob pattern, in a bucket or the first of `gin_search_paths` that has any.
+    """`sized_files` without the sizes."""
+    return [path for path, _ in sized_files(pattern, setting)]
 
-    `setting` is where the pattern was given, for messages.
+
+def sized_files(pattern: str, setting: str = "the source's `files`") -> list[tuple[str, int]]:
+    """(file, bytes) where a path or glob pattern matches, in a bucket or the first of `gin_search_paths` that has any.
+
+    They are sorted. `setting` is where the pattern was given, for messages.
 
     Raises:
       UserError: nothing matches.
@@ -192,7 +199,7 @@ def resolve_files(pattern: str, setting: str = "the source's `files`") -> list[s
         raise UserError(f"{pattern}: no such object; mend {setting} in gin.")
     for root in gin_search_paths():
         paths = [Path(root, match) for match in glob.glob(pattern, root_dir=root, recursive=True)]
-        if found := sorted(str(path) for path in paths if path.is_file()):
+        if found := sorted((str(path), path.stat().st_size) for path in paths if path.is_file()):
             return found
     raise UserError(f"{pattern}: no such file (working directory {Path.cwd()}); mend {setting} in gin.")
 
@@ -288,12 +295,13 @@ class TFRecordSource(FileSource):
 
         number = 0
         try:
-            copy = str(files.local_copy(part))  # TensorFlow has no credentials of fsspec's
-            records = tf.data.TFRecordDataset(copy, "GZIP" if part.endswith(".gz") else "").as_numpy_iterator()
-            for number, record in enumerate(records, 1):
-                features = tf.train.Example.FromString(record).features.feature
-                fields = {name: _feature_values(feature) for name, feature in features.items()}
-                yield number, f"{part}, record {number}", python_fields(fields)
+            with at_hand(files.path(part)) as copy:  # TensorFlow has no credentials of fsspec's
+                compression = "GZIP" if part.endswith(".gz") else ""
+                records = tf.data.TFRecordDataset(str(copy), compression).as_numpy_iterator()
+                for number, record in enumerate(records, 1):
+                    features = tf.train.Example.FromString(record).features.feature
+                    fields = {name: _feature_values(feature) for name, feature in features.items()}
+                    yield number, f"{part}, record {number}", python_fields(fields)
         except (tf.errors.OpError, DecodeError) as error:
             raise UserError(f"{part}: damaged after record {number} ({error}); fetch it again.") from error
 
@@ -317,13 +325,11 @@ class TfdsSource(Source):
     def splits(self) -> list[str]:
         return list(self.tfds_splits)
 
-    def parts(self, split: str) -> list[str]:
+    def sized_parts(self, split: str) -> list[tuple[str, int]]:
         if split not in self.tfds_splits:
             raise UserError(f"TfdsSource.tfds_splits has no split '{split}', only {', '.join(self.tfds_splits)}.")
-        return [self.tfds_splits[split]]
-
-    def part_size(self, part: str) -> int:
-        return self._builder().info.splits[part].num_bytes
+        part = self.tfds_splits[split]
+        return [(part, self._builder().info.splits[part].num_bytes)]
 
     def _builder(self):  # noqa: ANN202
         import tensorflow_datasets as tfds

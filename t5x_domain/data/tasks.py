@@ -287,14 +287,11 @@ class SeqioTaskSource(Source):
     def splits(self) -> list[str]:
         return list(self._task.splits)
 
-    def parts(self, split: str) -> list[str]:
+    def sized_parts(self, split: str) -> list[tuple[str, int]]:
+        """The split, and its number of examples if the task knows it, else 0."""
         if split not in self.splits:
             raise UserError(f"SeqIO task '{self.task_name}' has no split '{split}', only {', '.join(self.splits)}.")
-        return [split]
-
-    def part_size(self, part: str) -> int:
-        """Number of examples if the task knows it, else 0."""
-        return self._task.source.num_input_examples(part) or 0
+        return [(split, self._task.source.num_input_examples(split) or 0)]
 
     @property
     def _task(self) -> "seqio.Task":

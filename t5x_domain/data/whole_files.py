@@ -3,9 +3,7 @@
 import contextlib
 import errno
 import hashlib
-import os
 import shutil
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,13 +27,8 @@ def whole_file(path: epath.Path) -> Iterator[Path]:
         finally:
             shutil.rmtree(local.parent)
         return
-    partial = Path(path).with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
+    with files.replacing(Path(path)) as partial:
         yield partial
-        fsync(partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -45,8 +38,8 @@ def at_hand(path: epath.Path, check: dict | None = None) -> Iterator[Path]:
     What has opened or mapped a copy keeps it, and its room on the disk, until it is closed.
 
     Raises:
-      UserError: a copy has another size or SHA-256 than `check` says (as `size_and_digest` gives them), or the disk is
-        too full for it.
+      UserError: there is no such object; a copy has another size or SHA-256 than `check` says (as `size_and_digest`
+        gives them); or the disk is too full for it.
     """
     if not files.is_remote(path):
         yield Path(path)
@@ -55,12 +48,17 @@ def at_hand(path: epath.Path, check: dict | None = None) -> Iterator[Path]:
     try:
         try:
             path.download(copy)
+        except FileNotFoundError as error:
+            raise UserError(
+                f"{path}: is not there any more; put it back, or if it is a token cache's, write that again with "
+                "`python -m t5x_domain.prepare --overwrite`."
+            ) from error
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
             raise UserError(
                 f"{copy.parent.parent}: the disk is too full for a copy of {path}; set TMPDIR to a folder with more "
-                "room, or Run.lanes so that every host reads fewer shards."
+                "room, or in training Run.lanes, so that every host reads fewer shards."
             ) from error
         if check is not None and size_and_digest(copy) != check:
             raise UserError(
@@ -77,12 +75,3 @@ def size_and_digest(path: Path) -> dict:
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {"size": path.stat().st_size, "sha256": digest}
-
-
-def fsync(path: Path) -> None:
-    """Waits until a file or folder of this machine is on its disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

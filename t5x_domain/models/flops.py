@@ -34,13 +34,18 @@ def train_step_flops(
     return batch_size * (3 * forward_flops(model, config, lengths) + drawn)
 
 
-def forward_flops(model: type[LanguageModel], config: ModelConfig, lengths: Mapping[str, int]) -> float:
-    """FLOPs of the loss of one row; the arguments are those of `train_step_flops`."""
+def forward_flops(
+    model: type[LanguageModel], config: ModelConfig, lengths: Mapping[str, int], *, scored: int | None = None
+) -> float:
+    """FLOPs of the loss of one row; the arguments are those of `train_step_flops`.
+
+    A decoder-only model may have logits of `scored` positions only.
+    """
     inputs, targets = lengths["inputs"], lengths.get("targets", 0)
     encoder = _embedding(config, inputs) + _stack(config, inputs, causal=False)
     if issubclass(model, DecoderOnly):
         length = inputs + targets
-        return _embedding(config, length) + _stack(config, length, causal=True) + _scores(config, length)
+        return _embedding(config, length) + _stack(config, length, causal=True) + _scores(config, scored or length)
     if issubclass(model, EncoderDecoder):
         decoder = _embedding(config, targets) + _stack(config, targets, causal=True, memory=inputs)
         found = encoder + decoder + _scores(config, targets)

@@ -32,7 +32,7 @@ class Chip:
     devices_per_chip: int = 1
 
 
-_GIB, _GB = 2**30, 10**9
+_GIB = 2**30
 _GBPS = 1e9 / 8  # bytes per second in a gigabit per second
 
 # TPUs: the "System architecture" pages of cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}. They give ICI as bits per
@@ -49,7 +49,7 @@ _ALL = (
     Chip("tpu7x", ("TPU7x",), 2307e12 / 2, 96 * _GIB, 7380e9 / 2, 1200e9 / 2 / 2, 100 * _GBPS / 2, devices_per_chip=2),
     Chip("a100", ("NVIDIA A100-SXM4-80GB",), 312e12, 80 * _GIB, 2039e9, 300e9, 200 * _GBPS),
     Chip("h100", ("NVIDIA H100 80GB HBM3",), 989e12, 80 * _GIB, 3350e9, 450e9, 400 * _GBPS),
-    Chip("h200", ("NVIDIA H200",), 989e12, 141 * _GB, 4800e9, 450e9, 400 * _GBPS),
+    Chip("h200", ("NVIDIA H200",), 989e12, 141 * _GIB, 4800e9, 450e9, 400 * _GBPS),
 )
 CHIPS: Mapping[str, Chip] = MappingProxyType({chip.name: chip for chip in _ALL})
 

@@ -51,7 +51,7 @@ class MeshShape:
             )
         if devices[0].platform == "cpu" or len(devices) == 1:
             return jax.sharding.Mesh(np.asarray(devices).reshape(sizes), AXES)
-        if sizes[0] > 1:
+        if sizes[0] > 1 or (devices[0].platform == "tpu" and _slices(devices) > 1):
             return jax.sharding.Mesh(_hybrid(sizes, devices), AXES)
         # Knows the links between accelerators and lays the inner axes along the fast ones, where need be along a part
         # of an axis of the torus.
@@ -61,7 +61,7 @@ class MeshShape:
 def _hybrid(sizes: list[int], devices: list[jax.Device]) -> np.ndarray:
     """Devices with whole slices along the first axis. Raises UserError if there are not as many."""
     # Nodes of GPUs that JAX does not tell apart as slices are told by their processes.
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    slices = _slices(devices)
     process_is_slice = devices[0].platform == "gpu" and slices == 1
     if process_is_slice:
         slices = len({device.process_index for device in devices})
@@ -70,3 +70,7 @@ def _hybrid(sizes: list[int], devices: list[jax.Device]) -> np.ndarray:
     inner, outer = (1, *sizes[1:]), (sizes[0], *[1] * (len(sizes) - 1))
     options = {"process_is_granule": process_is_slice, "allow_split_physical_axes": True}
     return mesh_utils.create_hybrid_device_mesh(inner, outer, devices, **options)
+
+
+def _slices(devices: list[jax.Device]) -> int:
+    return len({getattr(device, "slice_index", 0) for device in devices})

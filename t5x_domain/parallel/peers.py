@@ -26,8 +26,8 @@ class Peers:
 
     A lost process is known to JAX's coordination service, which lives in process 0, when it has not been heard of for
     `heartbeat_seconds`; the others ask it a tenth of that apart. Process 0 takes the service with it, which JAX notices
-    at once. Everything since the last checkpoint is on disk then, so the exit status is EXIT_PREEMPTED; it is that of a
-    process that failed with a `UserError` where no restart mends it.
+    at once. What was trained up to the last checkpoint is on disk then, so the exit status is EXIT_PREEMPTED. Where a
+    process failed and can say so, all end with its status: peers are the first to leave, and launchers judge by them.
 
     Attributes:
       client: of JAX's coordination service.
@@ -65,7 +65,8 @@ class Peers:
         if not isinstance(error, (UserError, StorageError, KeyboardInterrupt, SystemExit)):
             self.rule_out_loss(error)
         self._end_here()
-        status = 2 if isinstance(error, UserError) else EXIT_PREEMPTED
+        told_to_stop = isinstance(error, (KeyboardInterrupt, SystemExit))
+        status = 2 if isinstance(error, UserError) else EXIT_PREEMPTED if told_to_stop else 1
         end = {"process": self.index, "status": status, "reason": _one_line(error)}
         with contextlib.suppress(RuntimeError):  # another process has been faster, or the service is gone: they know
             self.client.key_value_set(_ENDED, json.dumps(end))

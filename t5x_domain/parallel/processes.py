@@ -46,9 +46,14 @@ def start(heartbeat_seconds: float = HEARTBEAT_SECONDS) -> None:
     # By default JAX ends all processes from C++ when one is lost; so Python is told, and may say which.
     jax.config.update("jax_enable_recoverability", True)
     on_abort(_explain_absence)
-    jax.distributed.initialize(
-        **described, heartbeat_timeout_seconds=round(heartbeat_seconds), initialization_timeout=_MEET_SECONDS
-    )
+    try:
+        jax.distributed.initialize(
+            **described, heartbeat_timeout_seconds=round(heartbeat_seconds), initialization_timeout=_MEET_SECONDS
+        )
+    except RuntimeError as error:
+        if "coordinator address" in str(error):  # the host of process 0 has no address before it is there
+            _explain_absence()
+        raise
     on_abort(None)  # all have come together
     _PEERS = Peers(
         global_state.client, global_state.coordinator_address, jax.process_index(), jax.process_count(),
@@ -131,7 +136,7 @@ def require_one(verb: str) -> None:
 
 
 def _explain_absence() -> None:
-    """JAX aborts a process that waits for others in vain."""
+    """JAX aborts a process that waits for others in vain: more often than not their machines are still to come."""
     print(
         f"t5x-domain: the processes of this run did not all come together within {_MEET_SECONDS} s; see that all are "
         "started and reach the host and port of process 0",

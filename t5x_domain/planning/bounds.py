@@ -1,4 +1,8 @@
-"""What a step takes at least, by arithmetic: no program on these chips is faster, and most are slower."""
+"""What a step takes at least, by arithmetic: hardly a program on these chips is faster, and most are slower.
+
+Counted as if each row were one text (kernels skip what packed texts do not see of one another), the devices of a chip
+shared its links evenly, and no switch did sums of its own.
+"""
 
 import dataclasses
 from collections.abc import Sequence

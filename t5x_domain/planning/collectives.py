@@ -36,7 +36,8 @@ def collectives(module: Module, num_devices: int, slices: int = 1) -> list[Colle
 
     A device of a group of n that gathers R bytes sends or receives (n - 1) / n R, no matter how the links are used; one
     that reduces R bytes to its share as many, one that reduces all of them twice as many (Chan et al. 2007, "Collective
-    communication", section 3). What crosses slices is reduced within each of them first.
+    communication", section 3). What crosses slices is reduced within each of them first, or gathered there last; what
+    all send to all has no such short cut.
 
     Args:
       module: the compiled program.
@@ -46,11 +47,14 @@ def collectives(module: Module, num_devices: int, slices: int = 1) -> list[Colle
     found: dict[tuple[str, str, int], list[float]] = {}
     for kind, size, group, across, times in _issued(module, num_devices, slices):
         within = group // across
-        for network, members, share in (("ici", within, size), ("dcn", across, size / within)):
+        for network, members, sent in (
+            ("ici", within, _sent(kind, within, size if kind != "all-to-all" else size / across)),
+            ("dcn", across, _sent(kind, across, size if kind == "all-to-all" else size / within)),
+        ):
             if members > 1:
                 sums = found.setdefault((kind, network, members), [0, 0.0])
                 sums[0] += times
-                sums[1] += times * _sent(kind, members, share)
+                sums[1] += times * sent
     result = [Collective(*key, int(count), sent) for key, (count, sent) in found.items()]
     return sorted(result, key=lambda collective: -collective.bytes)
 
@@ -59,16 +63,17 @@ def _issued(module: Module, num_devices: int, slices: int) -> list[tuple[str, fl
     """(kind, bytes of the whole array, group, slices that the group spans, times) of each collective.
 
     One that is spread over several fusions, so that others run meanwhile, keeps its channel in all of them, and so does
-    one that the compiler has taken out of a loop's first or last turn: what runs equally often is one and the same.
+    one that the compiler has taken out of a loop's first or last turn: what runs equally often is one and the same. The
+    reduce-scatter and the all-gather around what crosses slices share a channel, too, but are two.
     """
-    by_channel: dict[str, tuple[tuple[str, float, int, int], set[int]]] = {}
+    found: dict[tuple[str, tuple[str, float, int, int]], set[int]] = {}
     for instruction, computation, times in module.running():
         channel = instruction.attribute(r"channel_id=(\d+)") or instruction.name
         if (one := _between_slices(instruction, slices)) is None:
             one = _within(instruction, computation, num_devices, slices)
         if one is not None:
-            by_channel.setdefault(channel, (one, set()))[1].add(times)
-    return [(*one, sum(times)) for one, times in by_channel.values()]
+            found.setdefault((channel, one), set()).add(times)
+    return [(*one, sum(times)) for (_, one), times in found.items()]
 
 
 def _between_slices(instruction: Instruction, slices: int) -> tuple[str, float, int, int] | None:
@@ -77,7 +82,7 @@ def _between_slices(instruction: Instruction, slices: int) -> tuple[str, float, 
     if instruction.opcode != "send" or kind is None:
         return None
     kind = {"ONE_TO_ONE": "collective-permute"}.get(kind, kind.lower().replace("_", "-"))
-    size = instruction.element_bytes()[0] * (slices if kind == "all-gather" else 1)
+    size = sum(instruction.element_bytes()[:-2]) * (slices if kind == "all-gather" else 1)  # then a context, a token
     return kind, size, slices, slices
 
 
@@ -91,24 +96,25 @@ def _within(
     if instruction.opcode != kind and kind != "all-reduce":  # (what is sent, what is received, perhaps more)
         sizes = sizes[1:2] if len(sizes) % 2 or kind == "collective-permute" else sizes[len(sizes) // 2 :]
     size = sum(sizes)
-    members = _group(instruction, num_devices)
+    per_slice = max(num_devices // slices, 1)
+    members = _group(instruction, num_devices, per_slice)
     if kind == "reduce-scatter":
         size *= len(members)
     if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):  # fused with taking a device's share
         kind = "reduce-scatter"
-    per_slice = max(num_devices // slices, 1)
     across = len({member // per_slice for member in members})
     return kind, size, len(members), across
 
 
-def _group(instruction: Instruction, num_devices: int) -> list[int]:
-    """Devices of the first group, in whichever of XLA's ways it is written.
+def _group(instruction: Instruction, num_devices: int, per_slice: int) -> list[int]:
+    """Devices of the first group, in whichever of XLA's ways it is written; of pairs one that crosses slices, if any.
 
     Raises:
       ValueError: in none of them.
     """
-    if pairs := instruction.attribute(r"source_target_pairs=\{\{([\d,]+)\}"):
-        return _numbers(pairs)
+    if written := instruction.attribute(r"source_target_pairs=\{(\{[\d,{}]+\})\}"):
+        pairs = [_numbers(pair) for pair in re.findall(r"\{([\d,]+)\}", written)]
+        return max(pairs, key=lambda pair: pair[0] // per_slice != pair[1] // per_slice)
     if "replica_groups=" not in instruction.rest or "replica_groups={}" in instruction.rest:
         return list(range(num_devices))
     if written := instruction.attribute(r"replica_groups=\{\{([\d,]+)\}"):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -41,9 +42,9 @@ def plan_elsewhere(case: Case, *, timeout: float | None = None) -> Plan:
         ) from error
     answers = [line.removeprefix(_ANSWER) for line in done.stdout.splitlines() if line.startswith(_ANSWER)]
     if not answers:
+        mend = " Try a smaller topology, or a machine with more memory." if done.returncode < 0 else ""
         raise CompilerFailure(
-            f"the compiler for {topology.name} {_ending(done.returncode)}: {_last_line(done.stderr)} Try a smaller "
-            "topology, or a machine with more memory."
+            f"the compiler for {topology.name} {_ending(done.returncode)}: {_last_line(done.stderr)}{mend}"
         )
     answer = json.loads(answers[-1])
     if "error" in answer:
@@ -56,8 +57,10 @@ def _ending(status: int) -> str:
 
 
 def _last_line(text: str) -> str:
+    """The last that an exception says, without JAX's notes on its own frames."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1][:300] if lines else "it said nothing."
+    errors = [line for line in lines if re.match(r"[\w.]+(Error|Exception)\b", line)]
+    return (errors or lines or ["it said nothing."])[-1][:300]
 
 
 def main() -> None:

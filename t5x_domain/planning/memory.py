@@ -98,9 +98,12 @@ def kept_activations(module: Module) -> float | None:
 
 
 def least(program: Program, limit: float | None) -> Memory:
-    """What a program holds whatever its compiler does: arguments, and in training all gradients before an update."""
+    """What a program holds whatever its compiler does: arguments, and in training all gradients before an update.
+
+    Those may be kept in bfloat16, of which they are made.
+    """
     parameters, optimizer, batch = _arguments(program)
-    gradients = parameters if program.steps is None else 0.0
+    gradients = parameters / 2 if program.steps is None else 0.0
     return Memory(parameters, optimizer, batch, None, gradients, 0, parameters + optimizer + batch + gradients, limit)
 
 

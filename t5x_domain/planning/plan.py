@@ -108,7 +108,7 @@ def plan(case: Case) -> Plan:
     topology = Topology.of(case.topology, case.slices)
     topology.require_compiler()
     program, run = build(case, topology)
-    limit = None if topology.chip is None else topology.chip.hbm_bytes
+    limit = topology.memory_limit
     began = time.perf_counter()
     memory, sent, least = memories.least(program, limit), [], None
     if not memory.fits:

@@ -116,8 +116,9 @@ def decode_step(run: PlannedRun, decoding: Decoding, mesh: Mesh) -> Program:
     """What writes an answer to each row of a batch: reads inputs of the run's length, then a position at a time.
 
     Raises:
-      UserError: the model has no decoder.
+      UserError: the model has no decoder, or the batch does not divide over the mesh.
     """
+    require_divisible(run.batch_size, 1, mesh)
     config = dataclasses.replace(run.config, scan_layers=False, remat="none", dropout_rate=0.0)  # as `open_model` does
     blueprint = Blueprint(run.model, config, mesh)
     opened = Opened("MODEL", blueprint, None, run.vocabulary, {})
@@ -128,11 +129,13 @@ def decode_step(run: PlannedRun, decoding: Decoding, mesh: Mesh) -> Program:
         for name, shape in (("tokens", inputs), ("lengths", rows), ("numbers", rows))
     }
     read, written = ({"inputs": run.lengths["inputs"], "targets": n} for n in (0, decoding.max_tokens))
-    reading, all_of_it = (forward_flops(run.model, config, lengths) for lengths in (read, written))
+    # Of what is read, only the last position is asked what follows.
+    reading = forward_flops(run.model, config, read, scored=1)
+    writing = forward_flops(run.model, config, written) - forward_flops(run.model, config, read)
     outputs = run.batch_size * decoding.hypotheses
     return Program(
         generator.write, (blueprint.abstract_params, batch), mesh, blueprint.abstract_params, (), batch,
-        blueprint.num_parameters, run.batch_size * reading + outputs * (all_of_it - reading),
+        blueprint.num_parameters, run.batch_size * reading + outputs * writing,
         outputs * decoding.max_tokens, decoding.max_tokens, _read_by_step(blueprint),
     )  # fmt: skip
 

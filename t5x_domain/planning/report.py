@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import shlex
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -85,7 +86,7 @@ def advice_lines(plan: Plan, attempts: Sequence[Attempt]) -> Iterator[str]:
     yield ""
     for number, attempt in enumerate(attempts):
         tried = attempt.plan
-        came = "does not compile" if tried.memory is None else f"{_gib(tried.memory.peak)} a device"
+        came = tried.problem if tried.memory is None else f"{_gib(tried.memory.peak)} a device"
         yield f"{'then' if number else 'tried'} {_flags(attempt.bindings)}: {came}{', fits' if tried.fits else ''}"
         yield f"  {attempt.why}"
     last = attempts[-1].plan if attempts else plan
@@ -126,7 +127,8 @@ def _flags(bindings: Sequence[str]) -> str:
 
 
 def _quoted(value: str) -> str:
-    return f'"{value}"' if "'" in value else value
+    """As a shell reads it; a gin string reads best in double quotes."""
+    return f'"{value}"' if "'" in value and not set(value) & set('"$`\\!') else shlex.quote(value)
 
 
 def _gib(size: float) -> str:

@@ -7,8 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 from t5x_domain.errors import UserError
 from t5x_domain.models.config import ModelConfig
 from t5x_domain.parallel.mesh import MeshShape
-from t5x_domain.planning.elsewhere import CompilerFailure
 from t5x_domain.planning.plan import Case, Plan
+
+# FLOPs of an update over those of a forward pass and a backward pass that is twice as much: "minimal" keeps the matrix
+# products, "full" runs the forward pass once more.
+_RECOMPUTED = {"none": 1.0, "minimal": 1.0, "full": 4 / 3}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +40,9 @@ class Choice:
         return (*axes, f"Run.batch_size = {self.batch_size}", f"ModelConfig.remat = {self.remat!r}")
 
 
-def meshes(num_devices: int, slices: int, config: ModelConfig, longest_tensor: int = 16) -> Iterator[MeshShape]:
+def meshes(
+    num_devices: int, slices: int, config: ModelConfig, sequence: int = 1, longest_tensor: int = 16
+) -> Iterator[MeshShape]:
     """Meshes that share everything evenly: copies, shares of parameters, and shares of heads and feed-forward width.
 
     The fewest shares of matrix products first, then the fewest shares of parameters: what is sent grows with both.
@@ -46,16 +51,17 @@ def meshes(num_devices: int, slices: int, config: ModelConfig, longest_tensor: i
       num_devices: in all.
       slices: copies of the parameters over the slow network.
       config: whose heads and widths are to divide.
+      sequence: shares of a row's tokens.
       longest_tensor: shares of a matrix product at most; more would leave a device too small a part.
     """
-    inner = num_devices // slices
+    inner = num_devices // slices // sequence
     divided = (config.num_heads, config.kv_heads, config.mlp_dim, config.vocab_size)
     for tensor in _divisors(min(inner, longest_tensor)):
         if inner % tensor or any(size % tensor for size in divided):
             continue
         for fsdp in _divisors(inner // tensor):
             if config.embed_dim % fsdp == 0:
-                yield MeshShape(slice=slices, data=inner // tensor // fsdp, fsdp=fsdp, tensor=tensor)
+                yield MeshShape(slices, inner // tensor // fsdp, fsdp, sequence, tensor)
 
 
 def search(
@@ -68,7 +74,7 @@ def search(
     most: int,
     tell: Callable[[str], None],
 ) -> list[tuple[Choice, Plan]]:
-    """Plans of the choices that fit, by the most tokens a second that arithmetic allows, then by the least memory.
+    """Plans of the choices that fit, the fastest by arithmetic first, see `_rank`.
 
     What has no room for its state is not compiled, nor is a mesh with more rows than it had no room for.
 
@@ -101,8 +107,11 @@ def search(
         compiled += 1
         try:
             plan = compile_one(case.changed(*choice.bindings))
-        except CompilerFailure as error:
+        except UserError as error:
             tell(f"{choice}: {error}")
+            continue
+        if plan.memory is None:
+            tell(f"{choice}: does not compile: {plan.problem}")
             continue
         tell(f"{choice}: {'fits' if plan.fits else 'does not fit'} ({plan.compile_seconds:.0f} s to compile)")
         if plan.fits:
@@ -111,7 +120,20 @@ def search(
             too_large[key] = choice.batch_size
     if not found:
         raise UserError("--search: nothing fits; take more devices, smaller --batch_sizes or --remats=full.")
-    return sorted(found, key=lambda pair: (-pair[1].tokens_per_second, pair[1].memory.peak))
+    return sorted(found, key=lambda pair: _rank(pair[1]))
+
+
+def _rank(plan: Plan) -> tuple[float, float, float]:
+    """What is less is better: seconds a token by the largest bound, by all bounds, and bytes of a device.
+
+    What the backward pass computes again counts here, and a thousandth of a bound does not.
+    """
+    if plan.bounds is None:
+        return 0.0, 0.0, plan.memory.peak
+    compute = plan.bounds.compute * _RECOMPUTED[plan.remat]
+    others = (plan.bounds.memory, plan.bounds.links, plan.bounds.network)
+    largest, together = max(compute, *others) / plan.tokens, (compute + sum(others)) / plan.tokens
+    return round(math.log(largest), 3), together, plan.memory.peak
 
 
 def _divisors(number: int) -> list[int]:

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import importlib.util
 import math
+import os
 import re
 from typing import NamedTuple
 
@@ -32,6 +33,7 @@ _GPUS = {
     "h100": _Gpu(9, 132, 128, 228, 50, 1.98),
     "h200": _Gpu(9, 132, 128, 228, 50, 1.98),
 }
+_GPUS_OF_A_NODE = 8
 _NAMES = f"{', '.join(name + ':' + 'x'.join('4' * axes) for name, axes in _TPUS.items())}, h200:8, h200:8x2 or cpu:8"
 # Of one program for both cores of a chip.
 _MEGACORE = {"v4": {"chip_config_name": "megacore"}, "v5p": {"chip_config_name": "megacore"}}
@@ -72,6 +74,11 @@ class Topology:
                 f"--slices={slices}: is for TPUs, 1 or more; nodes of GPUs are written --topology=h200:8x2."
             )
         if kind in _GPUS:
+            if shape[0] > _GPUS_OF_A_NODE:
+                raise UserError(
+                    f"--topology={name}: NVLink joins {_GPUS_OF_A_NODE} GPUs of a node; write "
+                    f"{kind}:{_GPUS_OF_A_NODE}x{math.ceil(math.prod(shape) / _GPUS_OF_A_NODE)} for several nodes."
+                )
             return cls(kind, shape[:1], math.prod(shape[1:]))
         return cls(kind, shape, slices)
 
@@ -101,6 +108,17 @@ class Topology:
     def num_devices(self) -> int:
         """JAX's devices."""
         return self.num_chips * (1 if self.chip is None else self.chip.devices_per_chip)
+
+    @property
+    def memory_limit(self) -> float | None:
+        """Bytes of a device that a program may use; None if that is not known.
+
+        JAX takes XLA_PYTHON_CLIENT_MEM_FRACTION of a GPU's memory, by default three quarters, and no more.
+        """
+        if self.chip is None:
+            return None
+        share = float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", 0.75)) if self.platform == "cuda" else 1.0
+        return share * self.chip.hbm_bytes
 
     @property
     def environment(self) -> dict[str, str]:

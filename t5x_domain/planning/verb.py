@@ -6,10 +6,11 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from pathlib import Path
+
+import jax
 
 from t5x_domain.errors import UserError
-from t5x_domain.files import write_atomically
+from t5x_domain.files import path, write_atomically
 from t5x_domain.parallel.mesh import MeshShape
 from t5x_domain.planning import report
 from t5x_domain.planning.advice import advise
@@ -29,7 +30,8 @@ def run(flags: argparse.Namespace, bindings: Sequence[str]) -> int:
     """
     topology = Topology.of(flags.topology, flags.slices)
     topology.require_compiler()
-    os.environ.update(topology.environment)  # before JAX or libtpu look
+    os.environ.update(topology.environment)  # before libtpu looks, and before JAX has devices
+    jax.config.update("jax_platforms", "cpu")  # JAX is imported; of this machine's accelerators nothing is taken
     case = Case(flags.topology, flags.slices, flags.gin_file, bindings, flags.gin_search_path, flags.decode)
     if flags.search:
         return _search(case, topology, flags)
@@ -37,12 +39,13 @@ def run(flags: argparse.Namespace, bindings: Sequence[str]) -> int:
     plan = compile_one(case)
     _tell(report.lines(plan, flags.price))
     written = {"plan": report.as_json(plan)}
+    _write(flags.json, written)
     if not plan.fits and not flags.decode and plan.memory is not None:
-        config = load(case.files, case.bindings, case.search_paths).config
-        attempts = advise(case, plan, config, compile_one, flags.advice_limit)
+        planned = load(case.files, case.bindings, case.search_paths)
+        attempts = advise(case, plan, planned, compile_one, flags.advice_limit)
         _tell(report.advice_lines(plan, attempts))
         written["advice"] = [{"bindings": a.bindings, "plan": report.as_json(a.plan)} for a in attempts]
-    _write(flags.json, written)
+        _write(flags.json, written)
     return 0 if plan.fits else 1
 
 
@@ -59,7 +62,7 @@ def _search(case: Case, topology: Topology, flags: argparse.Namespace) -> int:
     rows = sorted(flags.batch_sizes or [planned.batch_size])
     choices = [
         Choice(mesh, batch_size, remat)
-        for mesh in meshes(topology.num_devices, topology.slices, planned.config)
+        for mesh in meshes(topology.num_devices, topology.slices, planned.config, planned.mesh.sequence)
         for remat in flags.remats or [planned.config.remat]
         for batch_size in rows
         if batch_size % (mesh.slice * mesh.data * mesh.fsdp * planned.accumulation_steps) == 0
@@ -70,7 +73,7 @@ def _search(case: Case, topology: Topology, flags: argparse.Namespace) -> int:
             "give others with --batch_sizes."
         )
     compile_one = functools.partial(plan_elsewhere, timeout=flags.compile_timeout)
-    limit = math.inf if topology.chip is None else topology.chip.hbm_bytes
+    limit = math.inf if topology.memory_limit is None else topology.memory_limit
     ranked = search(
         case, choices, compile_one, needs, limit,
         most=flags.search_limit, tell=lambda line: print(line, flush=True),
@@ -89,6 +92,6 @@ def _write(file: str | None, content: dict) -> None:
     if file is None:
         return
     try:
-        write_atomically(Path(file), json.dumps(content, indent=1).encode())
+        write_atomically(path(file), json.dumps(content, indent=1).encode())
     except OSError as error:
         raise UserError(f"--json={file}: {error.strerror}; name a file that you may write.") from error

@@ -175,25 +175,28 @@ class Feed:
     def _this_host(self) -> dict[str, int]:
         return {"host": self.share, "num_hosts": self.num_shares}
 
-    def _batches_of(self, splits: Sequence[CachedSplit], mixture: Mixture, **more: Any) -> Batches:
-        run = self._run
-        settings = {
-            "lengths": run.lengths,
+    @property
+    def _settings(self) -> dict[str, Any]:
+        """What all `Batches` of the run have in common but their size."""
+        return {
+            "lengths": self._run.lengths,
             "layout": self._layout,
-            "batch_size": run.batch_size,
-            "seed": run.seed,
-            "packing": run.packing,
+            "seed": self._run.seed,
+            "packing": self._run.packing,
             "component_names": [component.name for component in self.components],
         }
-        return Batches(splits, mixture, run.vocabulary, **settings | self._this_host | more)
+
+    def _batches_of(self, splits: Sequence[CachedSplit], mixture: Mixture, **more: Any) -> Batches:
+        size = {"batch_size": self._run.batch_size, **self._this_host}
+        return Batches(splits, mixture, self._run.vocabulary, **size, **self._settings, **more)
 
     def _train_batches(self, mixture: Mixture, subset: Mapping[str, float]) -> Batches | Lanes:
         run = self._run
         splits = self._splits(mixture, run.train_split)
         if run.lanes is None:
             return self._batches_of(splits, mixture, subset=subset)
-        whole = {"host": 0, "num_hosts": 1}  # a lane is one host's
-        open_lane = functools.partial(self._batches_of, splits, mixture, subset=subset, **whole)
+        # No method of this feed: worker processes get a copy, and the mesh's devices have none.
+        open_lane = functools.partial(Batches, splits, mixture, run.vocabulary, subset=subset, **self._settings)
         return Lanes(open_lane, run.lanes, batch_size=run.batch_size, **self._this_host)
 
     def _held_out_name(self, component: Component) -> str:

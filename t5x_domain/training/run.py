@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
@@ -13,6 +13,7 @@ from t5x_domain import files
 from t5x_domain.conversion.description import DESCRIPTION, describe
 from t5x_domain.conversion.huggingface import require_exportable
 from t5x_domain.conversion.rtd import remaining_model
+from t5x_domain.data.cache import TokenCache
 from t5x_domain.data.curriculum import Phase
 from t5x_domain.data.tasks import Mixture
 from t5x_domain.errors import UserError
@@ -140,12 +141,17 @@ class Run:
         return list(dict.fromkeys(o.name for o in objectives if o.lengths(64)[0] > 0))
 
     def identity(self, phase_starts: Sequence[int]) -> dict[str, Any]:
-        """What must not change between two starts of the same run, as plain JSON; `phase_starts` are steps."""
+        """What must not change between two starts of the same run, as plain JSON; `phase_starts` are steps.
+
+        Raises:
+          UserError: a token cache is not fit for use.
+        """
         described = {
             "model": self.model.__name__,
             **{f"ModelConfig.{key}": value for key, value in dataclasses.asdict(self.config).items()},
             "phases": [_described(phase, start) for phase, start in zip(self.phases, phase_starts, strict=True)],
             "vocabulary fingerprint": self.vocabulary.fingerprint,
+            **{f"digest of the token cache of {name}": digest for name, digest in self._caches()},
             "Run.lengths": dict(self.lengths),
             "Run.packing": self.packing,
             "Run.batch_size": self.batch_size,
@@ -160,18 +166,24 @@ class Run:
         }
         return json.loads(json.dumps(described, default=repr))
 
+    def _caches(self) -> Iterator[tuple[str, str]]:
+        """Every corpus that is learnt from, and the digest of what its token cache holds of it."""
+        for name in dict.fromkeys(corpus.name for phase in self.phases for corpus in phase.mixture.corpora):
+            yield name, TokenCache.open(self.cache_dir, name).split(self.train_split).digest
+
     def claim_directory(self, phase_starts: Sequence[int]) -> epath.Path:
         """Creates the run directory, or checks that it is this run's.
 
         Raises:
-          UserError: it belongs to a run of another configuration, or cannot be written.
+          UserError: it belongs to a run of another configuration or other documents, or cannot be written.
         """
         folder, identity = files.path(self.run_dir), self.identity(phase_starts)
         record = folder / "run.json"
         if record.exists() and _has_begun(folder):
             before = _defaults() | json.loads(record.read_text(encoding="utf-8"))
             free = {f"ModelConfig.{key}" for key in ModelConfig.PLACE}
-            changed = [key for key in changed_keys(before, _defaults() | identity) if key not in free]
+            noted = before.keys() - free  # what was not known then, and has no default, cannot have been another
+            changed = [key for key in changed_keys(before, _defaults() | identity) if key in noted]
             if changed:
                 differences = "; ".join(f"{key} was {before.get(key)!r}, is {identity.get(key)!r}" for key in changed)
                 raise UserError(

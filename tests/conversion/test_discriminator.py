@@ -54,7 +54,15 @@ def test_the_encoder_computes_what_the_discriminator_did(sharing):
     assert bits(table.read((slice(3, 5),))) == bits(table.read()[3:5])
 
 
-@pytest.mark.parametrize(("sharing", "tie"), [("none", False), ("tied", True), ("gdes", False), ("gdes", True)])
+@pytest.mark.parametrize(
+    ("sharing", "tie"),
+    [
+        pytest.param("none", False, marks=pytest.mark.slow),
+        ("tied", True),
+        ("gdes", False),
+        pytest.param("gdes", True, marks=pytest.mark.slow),
+    ],
+)
 def test_the_encoder_decoder_computes_what_the_detector_did(sharing, tie):
     config = dataclasses.replace(CONFIG, num_decoder_layers=2, rtd_embedding_sharing=sharing, tie_embeddings=tie)
     checkpoint = random_checkpoint(DetectingEncoderDecoder, config)

@@ -39,6 +39,7 @@ def copies():
 
 @pytest.mark.parametrize("beam_flags", [None, BEAM], ids=["in_process", "beam"])
 def test_same_bytes_as_on_a_disk(law, bucket, tmp_path, beam_flags):
+    before = copies()
     train_sentencepiece(TEXTS, "gs://caches/law.model", 288)
     vocabulary = Vocabulary("gs://caches/law.model")
     write_cache(law, vocabulary, tmp_path, num_shards=4)
@@ -54,7 +55,7 @@ def test_same_bytes_as_on_a_disk(law, bucket, tmp_path, beam_flags):
     assert split.metadata(0, 60) == local.metadata(0, 60)
     np.testing.assert_array_equal(split.derived("x", lambda: np.arange(3)), [0, 1, 2])
     np.testing.assert_array_equal(split.derived("x", lambda: np.zeros(3)), [0, 1, 2])
-    assert copies() == [], "what is open or mapped has no name any more"
+    assert copies() == before, "what is open or mapped has no name any more"
 
 
 def test_reads_only_the_shards_it_needs(law, bucket, monkeypatch):
@@ -109,6 +110,71 @@ def test_writes_again_but_not_over_other_things(law, bucket):
     names = [name for name in bucket() if name.startswith("caches/law/")]
     assert len(names) == 1 + 2 * 2
     TokenCache.open("gs://caches", "law", vocabulary_fingerprint=ByteVocabulary(extra_ids=7).fingerprint).verify()
+
+
+def fails_at(monkeypatch, method, nth):
+    """The n-th call of a method of paths in buckets finds the machine gone."""
+    path, calls = type(files.path("gs://a")), []
+    original = getattr(path, method)
+
+    def patched(*arguments, **options):
+        calls.append(arguments)
+        if len(calls) == nth:
+            raise RuntimeError("the machine is gone")
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(path, method, patched)
+
+
+@pytest.mark.parametrize("nth", range(1, 7))
+def test_killed_while_it_clears_an_old_cache(law, bucket, monkeypatch, nth):
+    """The manifest, then four files of two shards, are removed, and in the end the plan."""
+    write_cache(law, ByteVocabulary(extra_ids=7), "gs://caches", num_shards=2)
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError):
+        fails_at(patched, "unlink", nth)
+        write_cache(law, ByteVocabulary(), "gs://caches", num_shards=2)
+    write_cache(law, ByteVocabulary(), "gs://caches", num_shards=2)
+    TokenCache.open("gs://caches", "law", vocabulary_fingerprint=ByteVocabulary().fingerprint).verify()
+    assert len([name for name in bucket() if name.startswith("caches/law/")]) == 1 + 2 * 2
+
+
+def test_killed_while_it_clears_up(law, bucket, monkeypatch):
+    """The cache is whole, and kept by whoever finds it; but who is told to overwrite it does."""
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError):
+        fails_at(patched, "rmtree", 1)
+        write_cache(law, ByteVocabulary(), "gs://caches", num_shards=2)
+    TokenCache.open("gs://caches", "law").verify()
+    lengths = files.path("gs://caches/law/train-lengths-00000-of-00002.npy")
+    lengths.write_text("damaged")
+    write_cache(law, ByteVocabulary(), "gs://caches", num_shards=2, overwrite=True)
+    TokenCache.open("gs://caches", "law").verify()
+    assert len([name for name in bucket() if name.startswith("caches/law/")]) == 1 + 2 * 2
+
+
+def test_another_process_has_finished_first(law, bucket, monkeypatch):
+    write, others = CacheWriter.write, []
+
+    def meanwhile(writer, *shard):
+        if not others:
+            others.append(shard)
+            write_cache(law, ByteVocabulary(), "gs://caches", num_shards=2)
+        write(writer, *shard)
+
+    monkeypatch.setattr(CacheWriter, "write", meanwhile)
+    with pytest.raises(UserError, match="gs://caches/law: what was written is gone .* another `prepare` has finished"):
+        write_cache(law, ByteVocabulary(), "gs://caches", num_shards=2)
+    TokenCache.open("gs://caches", "law").verify()
+
+
+def test_files_of_a_source_are_asked_for_once(law, bucket, monkeypatch):
+    """Their sizes come with their names: one listing, whatever the number of files."""
+    asked = []
+    path = type(files.path("gs://a"))
+    call = path._call
+    monkeypatch.setattr(path, "_call", lambda self, method, **how: asked.append(method) or call(self, method, **how))
+    parts = law.source.describe()["parts"]["train"]
+    assert [name for name, _ in parts] == ["law-0.jsonl", "law-1.jsonl"] and min(size for _, size in parts) > 1000
+    assert asked == ["glob"]
 
 
 def test_damage_is_found_when_a_shard_is_read(law, bucket):

@@ -1,4 +1,5 @@
 import json
+import os
 import pickle
 import shutil
 import threading
@@ -10,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stored import DOCUMENTS, write
 
-from t5x_domain.data import whole_files
 from t5x_domain.data.cache import TokenCache
 from t5x_domain.errors import UserError
 
@@ -151,7 +151,7 @@ def test_derived_arrays_are_kept_where_that_is_possible(tmp_path, monkeypatch):
         raise OSError(30, "Read-only file system")
 
     with monkeypatch.context() as patched:
-        patched.setattr(whole_files.os, "replace", refuse)
+        patched.setattr(os, "replace", refuse)
         for _ in range(2):
             np.testing.assert_array_equal(split.derived("x", make), [0, 1, 2])
     assert len(made) == 2 and sorted(path.name for path in split._folder.iterdir()) == files

@@ -1,9 +1,11 @@
+import pickle
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from t5x_domain.data.first_fit import FirstFit, Room
+from t5x_domain.data.first_fit import FirstFit, Room, Window
 from t5x_domain.data.shapes import Shape, Source
 from t5x_domain.objectives.language_modeling import PrefixLM
 from t5x_domain.objectives.span_corruption import SpanCorruption
@@ -231,3 +233,21 @@ def test_plans_are_random_access_and_depend_on_the_seed():
     rows = first_fit(components, seed=1).rows(8 * 10**9, 8 * 10**9 + 8)
     assert rows == plan.rows
     assert first_fit(components, seed=1).rows(8 * 10**9 + 3, 8 * 10**9 + 11)[:5] == plan.rows[3:]
+
+
+def test_every_sampler_keeps_the_windows_that_were_asked_for_last(monkeypatch):
+    """However many there are, as with a lane each: a step asks for its rows twice, the next for some of the same."""
+    planned = []
+
+    def plan(sampler, window):
+        planned.append(window)
+        return Window([[]] * 8, [], (0.0, 0.0))
+
+    monkeypatch.setattr(FirstFit, "plan", plan)
+    samplers = [first_fit([(source([50, 60]), shape())]) for _ in range(600)]
+    for start in (6, 10, 14):  # rows 6 to 9 are of windows 0 and 1, 10 to 13 of window 1, 14 to 17 of windows 1 and 2
+        for _ in ("the batch", "its tokens"):
+            for sampler in samplers:
+                sampler.rows(start, start + 4)
+    assert len(planned) == 600 * 3
+    assert len(samplers[0]._planned) == 3 and not pickle.loads(pickle.dumps(samplers[0]))._planned

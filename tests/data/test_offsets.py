@@ -26,6 +26,14 @@ def sharded(lengths, borders):
     return Offsets([ShardLengths(len(load.lengths), int(load.lengths.sum()), load) for load in loads]), loads
 
 
+def test_parts_share_what_they_have_read():
+    offsets, loads = sharded(LENGTHS, [2000])
+    for _ in range(3):
+        part = offsets.part(10, 1990)
+        assert part.searchsorted(part[900]) == 900
+    assert [load.calls for load in loads] == [1, 0]
+
+
 def plain(lengths, separator=0):
     return np.concatenate([[0], np.cumsum(np.asarray(lengths, np.int64) + separator)])
 

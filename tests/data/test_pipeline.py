@@ -148,6 +148,34 @@ def test_starts_afresh_for_another_source_or_vocabulary(tmp_path, monkeypatch, c
     assert "was begun with another vocabulary, another source; starts afresh" in capsys.readouterr().err
 
 
+def test_an_error_that_passes_costs_nothing(tmp_path, monkeypatch, capsys):
+    def no_disk(self, *_):
+        raise UserError("b.jsonl: cannot be read after line 3 ([Errno 5] Input/output error); fetch the file again.")
+
+    with monkeypatch.context() as patched, pytest.raises(UserError):
+        stops_at(patched, "spill", 2, lambda: no_disk(None))
+        write_cache(corpus(tmp_path, *TEXTS), ByteVocabulary(), tmp_path / "cache", num_shards=4)
+    write_cache(corpus(tmp_path, *TEXTS), ByteVocabulary(), tmp_path / "cache", num_shards=4)
+    assert "goes on where it was interrupted, with 2 of 4 tasks" in capsys.readouterr().err
+
+
+def test_a_file_that_changes_while_it_is_read(tmp_path, monkeypatch):
+    law = corpus(tmp_path, *TEXTS)
+    before = law.source.describe()
+
+    def grows():
+        with open(tmp_path / "b.jsonl", "a") as file:
+            file.write(json.dumps({"text": "one more", "split": "train"}) + "\n")
+
+    with monkeypatch.context() as patched:
+        stops_at(patched, "spill", 3, grows)
+        with pytest.raises(UserError, match="corpus law: b.jsonl has changed since this was begun; .* start the same"):
+            write_cache(law, ByteVocabulary(), tmp_path / "cache", num_shards=4)
+    write_cache(law, ByteVocabulary(), tmp_path / "cache", num_shards=4)
+    described = TokenCache.open(tmp_path / "cache", "law").manifest["source"]
+    assert described == law.source.describe() != before
+
+
 DATAFLOW = [
     "--runner=DataflowRunner",
     "--project=p",
@@ -196,7 +224,7 @@ def test_documents_without_usable_tokens(tmp_path, beam_flags, text, reason):
     texts = [*TEXTS[:6], text]
     with pytest.raises(UserError, match=rf"^\S+a.jsonl, line 4: {reason}.* JsonlSource.skip_bad_records = True\.$"):
         write_cache(corpus(tmp_path, *texts), vocabulary, tmp_path / "cache", num_shards=2, beam_flags=beam_flags)
-    assert not list((tmp_path / "cache").iterdir())
+    assert not (tmp_path / "cache" / "law").exists()
     law = corpus(tmp_path, *texts, skip_bad_records=True)
     write_cache(law, vocabulary, tmp_path / "cache", num_shards=2, beam_flags=beam_flags)
     train = TokenCache.open(tmp_path / "cache", "law").manifest["splits"]["train"]
@@ -209,7 +237,7 @@ def test_split_without_documents(tmp_path, beam_flags):
     law = corpus(tmp_path, "a test document", "", "", skip_bad_records=True)
     with pytest.raises(UserError, match="no document in split 'train'"):
         write_cache(law, ByteVocabulary(), tmp_path / "cache", num_shards=2, beam_flags=beam_flags)
-    assert not list((tmp_path / "cache").iterdir())
+    assert not (tmp_path / "cache" / "law").exists()
 
 
 def test_beam_is_not_installed(tmp_path, monkeypatch):

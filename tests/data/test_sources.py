@@ -3,9 +3,13 @@ import json
 import tracemalloc
 
 import pytest
+from bucket import in_memory
 
+from t5x_domain import files
 from t5x_domain.data.sources import BadRecord, JsonlSource, ParquetSource, TextSource, TfdsSource, TFRecordSource
 from t5x_domain.errors import UserError
+
+bucket = pytest.fixture(in_memory)
 
 
 def jsonl(path, *records):
@@ -173,7 +177,7 @@ def test_parquet(tmp_path):
         texts(ParquetSource({"train": path}, skip_bad_records=True))
 
 
-def test_tfrecord(tmp_path):
+def test_tfrecord(tmp_path, bucket):
     import tensorflow as tf
 
     def example(text):
@@ -192,6 +196,9 @@ def test_tfrecord(tmp_path):
     assert document.text == "hé" and document.metadata == {"year": 2020, "scores": [0.5, 1.5]}
     with pytest.raises(UserError, match="a.tfrecord, record 2: field 'text' is not UTF-8"):
         texts(TFRecordSource({"train": path}))
+    files.path("gs://b/a.tfrecord").write_bytes(file.read_bytes())
+    (document,) = TFRecordSource({"train": "gs://b/*"}, skip_bad_records=True).documents("train")
+    assert document.text == "hé" and not list(files.scratch_folder().parent.rglob("a.tfrecord"))
     file.write_bytes(file.read_bytes()[:-3])
     with pytest.raises(UserError, match="a.tfrecord: damaged after record 1"):
         texts(TFRecordSource({"train": path}, skip_bad_records=True))

@@ -41,6 +41,14 @@ def test_objects_are_whole_or_not_there(bucket):
         pass
 
 
+def test_says_that_an_object_is_gone(bucket):
+    with (
+        pytest.raises(UserError, match="gs://b/folder/a: is not there any more; .*--overwrite"),
+        at_hand(files.path("gs://b/folder/a")),
+    ):
+        pass
+
+
 def test_says_that_the_disk_is_full(bucket, monkeypatch):
     path = files.path("gs://b/a")
     path.write_text("all")

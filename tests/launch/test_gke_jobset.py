@@ -57,7 +57,7 @@ def test_the_schemas_hold(config, accelerator, more):
     check(config)
     config_map, job_set = manifests(config)
     strictly(models.JobsetV1alpha2JobSet, job_set)
-    assert set(config_map) == {"apiVersion", "kind", "metadata", "data"}  # core/v1 ConfigMap
+    assert set(config_map) == {"apiVersion", "kind", "metadata", "immutable", "data"}  # core/v1 ConfigMap
     assert all(re.fullmatch(r"[-._a-zA-Z0-9]+", key) for key in config_map["data"])
     assert {rule["action"] for rule in job_set["spec"]["failurePolicy"]["rules"]} <= JOB_SET_ACTIONS
     assert {rule["action"] for rule in job_of(config)["podFailurePolicy"]["rules"]} <= POD_FAILURE_ACTIONS
@@ -90,10 +90,20 @@ def test_a_job_for_each_slice_a_pod_for_each_host(config):
 
 
 @pytest.mark.parametrize(
-    ("status", "action"), [(2, "FailJobSet"), (75, "RestartJobSetAndIgnoreMaxRestarts"), (1, None), (137, None)]
+    ("ended", "action"),
+    [
+        ([(0.0, 2)], "FailJobSet"),
+        ([(0.0, 75)], "RestartJobSetAndIgnoreMaxRestarts"),
+        ([(0.0, 1)], None),
+        ([(0.0, 137), (66.0, 75)], None),  # killed, and noticed by the others after their heartbeat
+        ([(0.0, 1), (2.0, 1)], None),  # a crash: its peers leave first, with its status (parallel/peers.py)
+        ([(2.0, 2), (0.0, 2)], "FailJobSet"),
+        ([(1.0, 75), (0.0, 75)], "RestartJobSetAndIgnoreMaxRestarts"),
+    ],
 )
-def test_what_becomes_of_the_set_when_a_program_ends(config, status, action):
-    """As the two controllers decide it; None is their default, a restart that counts."""
+def test_what_becomes_of_the_set_when_programs_end(config, ended, action):
+    """As the two controllers decide it, by the first of [(seconds, status)]; None is a restart that counts."""
+    _, status = min(ended)  # backoffLimit is 0: the Job has failed then, and its other pods are ended
     job = job_of(config)
     (container,) = job["template"]["spec"]["containers"]
     rule = job["podFailurePolicy"]["rules"][0]["onExitCodes"]
@@ -133,6 +143,31 @@ def test_the_gin_files_go_along_in_their_order(config, tmp_path):
     assert pod["volumes"][0]["configMap"]["name"] == config_map["metadata"]["name"]
 
 
+def test_pods_that_start_again_read_what_the_first_have_read(config, tmp_path):
+    own = tmp_path / "own.gin"
+    own.write_text("TRAIN_STEPS = 3")
+    config.gin_files = (str(own),)
+    names = set()
+    for text in ("TRAIN_STEPS = 3", "TRAIN_STEPS = 3", "TRAIN_STEPS = 4"):
+        own.write_text(text)
+        config_map, job_set = manifests(config)
+        assert config_map["immutable"] is True
+        assert job_set["metadata"]["name"] == "trial"
+        names.add(config_map["metadata"]["name"])
+    assert len(names) == 2 and all(re.fullmatch(r"trial-[0-9a-f]{8}", name) for name in names)
+
+
+def test_one_that_is_there_already_is_not_taken_for_started(config, tmp_path, monkeypatch, capfd):
+    """`kubectl create` refuses it; `kubectl apply` would leave one that has ended as it is."""
+    config.logs = str(tmp_path)
+    shell.put(tmp_path, "kubectl", "[[ $1 == create ]] && exit 1")
+    monkeypatch.setenv("PATH", shell.environment(tmp_path)["PATH"])
+    assert gke_jobset.plan(config).carry_out() == 1
+    said = capfd.readouterr().err
+    assert f"kubectl create --filename={tmp_path}/trial.yaml ended with status 1" in said
+    assert "kubectl delete --ignore-not-found" in said
+
+
 def expanded(text):
     """As Kubernetes expands `command`: `$$` is a dollar, `$(NAME)` a variable."""
     return re.sub(r"\$\$|\$\((\w+)\)", lambda found: "$" if found[0] == "$$" else f"<{found[1]}>", text)
@@ -149,7 +184,7 @@ def test_bindings_arrive_word_for_word(config):
     }
 
 
-def test_a_manifest_for_each_run_is_applied(config):
+def test_a_manifest_for_each_run_is_created(config):
     config.sweep = (("Run.seed=1",), ("Run.seed=2",))
     plan = gke_jobset.plan(config)
     assert [command[-1] for command in plan.commands] == [f"--filename={path}" for path in plan.files]

@@ -34,6 +34,7 @@ def test_good_as_it_is(config):
         ("storage", "", "config.storage is empty"),
         ("max_restarts", -1, "config.max_restarts = -1"),
         ("notice_seconds", -1, "config.notice_seconds = -1"),
+        ("slices", 2, "config.slices = 2: the target local has none to ask for"),
         ("accelerator", "v5e", "the target local runs 'cpu' or 'gpu'"),
     ],
 )

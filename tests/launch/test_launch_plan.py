@@ -31,6 +31,31 @@ def test_one_that_fails_does_not_keep_the_next_from_running(tmp_path):
     assert (tmp_path / "last").exists()
 
 
+def test_what_is_written_is_for_this_user_alone(tmp_path):
+    path = tmp_path / "deep" / "script.sh"
+    before = os.umask(0o022)
+    try:
+        Plan({str(path): "export WANDB_API_KEY=secret"}, []).carry_out()
+        assert path.stat().st_mode & 0o777 == 0o600
+        assert path.parent.stat().st_mode & 0o777 == 0o755  # the logs are anybody's
+    finally:
+        assert os.umask(before) == 0o022
+
+
+def test_a_command_that_asks_is_told_that_nobody_answers(tmp_path):
+    """It has neither the launcher's input nor, in a session of its own, a terminal to open."""
+    asks = f"read -r answer; echo $? >{tmp_path}/read; ps -o sid= -p $$ >{tmp_path}/session; echo $$ >{tmp_path}/own"
+    code = f"from launch.plan import Plan; Plan({{}}, [['bash', '-c', {asks!r}]]).carry_out()"
+    subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, input=b"yes\n", check=True, timeout=30)
+    assert (tmp_path / "read").read_text() == "1\n"
+    assert (tmp_path / "session").read_text().strip() == (tmp_path / "own").read_text().strip()
+
+
+def test_what_to_do_is_said_after_a_failure(capfd):
+    Plan({}, [["true"], ["bash", "-c", "exit 3"]], advice="Do that.").carry_out()
+    assert capfd.readouterr().err == "launch: bash -c 'exit 3' ended with status 3. Do that.\n"
+
+
 def test_a_signal_is_a_status_of_the_shells_kind():
     assert Plan({}, [["bash", "-c", "kill -9 $$"]]).carry_out() == 137
 
@@ -43,9 +68,13 @@ def test_wrong_use(tmp_path):
         Plan({str(tmp_path / "file" / "script"): ""}, []).carry_out()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_reaches_the_command_and_is_the_last_word(tmp_path, number):
-    told = f"trap 'touch {tmp_path}/told; exit 75' TERM; touch {tmp_path}/ready; while :; do sleep 0.05; done"
+@pytest.mark.parametrize(
+    ("number", "busy"),
+    [(signal.SIGTERM, "while :; do sleep 0.05; done"), (signal.SIGINT, "while :; do sleep 0.05; done")]
+    + [(signal.SIGTERM, "kill -STOP $$")],
+)
+def test_a_signal_reaches_the_command_and_is_the_last_word(tmp_path, number, busy):
+    told = f"trap 'touch {tmp_path}/told; exit 75' TERM; touch {tmp_path}/ready; {busy}"
     code = f"""
 import sys
 from launch.plan import Plan

@@ -1,5 +1,7 @@
 import json
+import os
 import re
+import signal
 import subprocess
 import time
 
@@ -69,22 +71,46 @@ def test_bash_reads_it(config):
     assert shell.parses(slurm.script(config))
 
 
+# Does with the tasks' processes as the real one: srun(1) kills them when it is told to end (src/srun/signals.c).
+SRUN = """
+while [[ $1 == --* ]]; do shift; done
+setsid "$@" &
+echo $! >step
+trap 'kill -KILL -- -$(cat step)' TERM
+wait $(cat step)
+"""
+
+
 @pytest.fixture
 def cluster(tmp_path):
-    """srun as one that runs the task of one GPU; what scontrol is told is kept."""
-    shell.put(tmp_path, "srun", 'while [[ $1 == --* ]]; do shift; done\nexec "$@"')
+    """srun for the task of one GPU; what scontrol is told is kept. Job 17 is alone; 36 is an array, and its task 1."""
+    shell.put(tmp_path, "srun", SRUN)
+    shell.put(tmp_path, "scancel", 'kill "-${1#--signal=}" -- "-$(cat step)"')
     shell.put(tmp_path, "scontrol", 'echo "$*" >>requeued')
-    shell.put(tmp_path, "squeue", "[[ $* == *--jobs=17 ]] && cat job_state")
+    shell.put(
+        tmp_path,
+        "squeue",
+        """
+        case $* in
+          *--jobs=17 | *--jobs=36_[01]) cat job_state ;;
+          *--jobs=36) echo PENDING; cat job_state; cat job_state ;;
+        esac
+        """,
+    )
     (tmp_path / "job_state").write_text("RUNNING\n")
     return tmp_path
 
 
-def submit(folder, config, program, task=0):
-    # `python` is the trainer and the record of how it ended.
+def stand_in(folder, program):
+    """`python`, which is the trainer and the record of how it ended."""
     shell.put(folder, "python", f'if [[ $2 == launch.record ]]; then echo "$4" >>recorded; exit; fi\n{program}')
-    return shell.bash(
-        folder, slurm.script(config), SLURM_JOB_ID="17", SLURM_CPUS_PER_TASK="8", SLURM_ARRAY_TASK_ID=str(task)
-    )
+
+
+def submit(folder, config, program, task=None):
+    stand_in(folder, program)
+    array = {"SLURM_ARRAY_JOB_ID": "36", "SLURM_ARRAY_TASK_ID": str(task)}
+    job = {"SLURM_JOB_ID": "17"} if task is None else {"SLURM_JOB_ID": "36" if task == 1 else "35", **array}
+    return shell.bash(folder, slurm.script(config), SLURM_CPUS_PER_TASK="8", **job)
 
 
 def lines(path):
@@ -127,13 +153,18 @@ def test_the_gravest_task_has_the_highest_status(statuses, meaning):
     assert max(task.returncode for task in ended) == meaning
 
 
+@pytest.mark.parametrize("task", [0, 1])
+def test_a_task_of_an_array_is_queued_again_alone(config, cluster, task):
+    config.sweep = (("Run.seed=1",), ("Run.seed=2",))
+    assert submit(cluster, config, "exit 75", task).returncode == 0
+    assert lines(cluster / "requeued") == [f"requeue 36_{task}"]
+
+
+SAVES = "trap 'echo saved >>saved; exit 75' TERM\ntouch ready\nwhile :; do sleep 0.05; done"
+
+
 def test_sigterm_to_the_shell_reaches_the_program_which_saves(config, cluster):
-    shell.put(
-        cluster,
-        "python",
-        'if [[ $2 == launch.record ]]; then echo "$4" >>recorded; exit; fi\n'
-        "trap 'echo saved >>saved; exit 75' TERM\ntouch ready\nwhile :; do sleep 0.05; done",
-    )
+    stand_in(cluster, SAVES)
     process = subprocess.Popen(
         ["bash", "-c", slurm.script(config)],
         cwd=cluster,
@@ -142,15 +173,23 @@ def test_sigterm_to_the_shell_reaches_the_program_which_saves(config, cluster):
     deadline = time.monotonic() + 20
     while not (cluster / "ready").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
-    # The stand-in for srun has become the task's shell; the real one hands the signal on to all processes of the step.
-    children = subprocess.run(["pgrep", "-f", str(cluster / "bin" / "python")], capture_output=True, text=True).stdout
     process.terminate()
-    time.sleep(0.1)
-    subprocess.run(["kill", "-TERM", *children.split()])
     process.wait(20)
     assert lines(cluster / "saved") == ["saved"]
     assert lines(cluster / "recorded") == ["75"]
     assert lines(cluster / "requeued") == ["requeue 17"]
+
+
+def test_a_profile_is_asked_for_without_ending_the_task(tmp_path):
+    # scancel --signal=USR1 tells the task's shell as well as the program.
+    program = ["bash", "-c", "trap 'exit 7' USR1; echo ready; while :; do sleep 0.05; done"]
+    task = subprocess.Popen(
+        ["bash", "-c", slurm._TASK, "task", *program], stdout=subprocess.PIPE, start_new_session=True
+    )
+    task.stdout.readline()
+    os.killpg(task.pid, signal.SIGUSR1)
+    assert task.wait(10) == 101  # the program's own end
+    task.stdout.close()
 
 
 def test_each_array_task_runs_its_point_of_the_sweep_word_for_word(config, cluster):
@@ -168,6 +207,19 @@ def test_each_array_task_runs_its_point_of_the_sweep_word_for_word(config, clust
 def test_setup_comes_before_unset_variables_are_errors(config, cluster):
     config.setup = ('echo "at $UNSET first"',)  # as in the scripts of many module systems and environments
     assert submit(cluster, config, "echo then").stdout.splitlines() == ["at  first", "then"]
+
+
+def test_a_setup_that_fails_is_the_end(config, cluster):
+    config.setup = ("cd /nowhere",)
+    assert submit(cluster, config, "echo trained").returncode == 1
+    assert lines(cluster / "recorded") == lines(cluster / "requeued") == []
+
+
+def test_failures_are_counted_beside_the_logs_wherever_the_setup_goes(config, cluster):
+    config.logs, config.setup = "logs", ("mkdir -p elsewhere; cp job_state elsewhere; cd elsewhere",)
+    (cluster / "logs").mkdir()
+    submit(cluster, config, "exit 9")
+    assert lines(cluster / "logs" / "trial.failures") == ["1"]
 
 
 def test_the_script_is_written_and_submitted(config, tmp_path):

@@ -56,6 +56,13 @@ def test_the_best_first_with_what_sets_them_apart(tmp_path):
     assert found[1]["goodput"] == "93%"
 
 
+def test_runs_that_have_diverged_come_after_those_that_have_not(tmp_path):
+    losses = {"a": (4.0,), "b": (float("nan"),), "c": (3.0,), "d": (float("inf"),), "e": (), "f": (2.0,)}
+    for name, held_out in losses.items():
+        write_run(tmp_path / name, held_out=held_out)
+    assert [row["run"] for row in rows(tmp_path)] == ["f", "c", "a", "b", "d", "e"]
+
+
 def test_a_run_of_its_own(tmp_path):
     write_run(tmp_path / "only")
     assert rows(tmp_path / "only") == rows(tmp_path)

@@ -187,6 +187,43 @@ def test_an_earlier_supervisor_is_told_to_stop_and_waited_for(tmp_path, program)
     assert "saved" in (tmp_path / "earlier" / "process-0.txt").read_text()
 
 
+def test_an_earlier_supervisor_that_has_just_ended_is_no_error(tmp_path, program, monkeypatch):
+    lock, asked = tmp_path / "lock", []
+    lock.write_text("4194304")  # beyond the numbers of processes
+    flock = supervise.fcntl.flock
+
+    def held_once(file, how):
+        asked.append(how)
+        if len(asked) == 1:
+            raise BlockingIOError
+        flock(file, how)
+
+    monkeypatch.setattr(supervise.fcntl, "flock", held_once)
+    assert run(tmp_path, program("0"), lock=lock) == 0
+    assert len(asked) == 2
+
+
+def test_the_reason_of_a_failure_is_shown(tmp_path, program, capsys):
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "process-1.txt").write_text("".join(f"line {number}\n" for number in range(5000)))
+    assert run(tmp_path, program("wait", "3"), processes=2) == 3
+    shown = capsys.readouterr().out.partition("process-1.txt:\n")[2].splitlines()
+    assert shown[0] == "line 4981" and shown[18] == "line 4999"  # with the line that the stand-in prints, 20
+    assert "JAX_PROCESS_ID" in shown[19]
+    assert run(tmp_path, program("75,0")) == 0
+    assert "the last lines" not in capsys.readouterr().out
+
+
+def test_the_run_goes_on_when_nobody_listens(tmp_path, program):
+    command = [sys.executable, "-m", "launch.supervise", f"--logs={tmp_path / 'logs'}", "--", *program("75,75,0")]
+    listener, said = os.pipe()
+    os.close(listener)
+    process = subprocess.run(command, cwd=REPOSITORY, stdout=said, stderr=subprocess.PIPE, timeout=30)
+    os.close(said)
+    assert (process.returncode, process.stderr) == (0, b"")
+    assert attempts(tmp_path) == 3
+
+
 def test_no_wait_is_begun_or_kept_up_after_a_signal(tmp_path, program):
     with supervise._Stop() as stop:
         os.kill(os.getpid(), signal.SIGTERM)

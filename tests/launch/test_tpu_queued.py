@@ -1,6 +1,9 @@
 import json
 import re
 import shlex
+import subprocess
+import time
+from pathlib import Path
 
 import pytest
 import shell
@@ -10,14 +13,15 @@ from launch.config import check, defaults
 from launch.sweep import runs
 from t5x_domain.errors import UserError
 
-# https://cloud.google.com/sdk/gcloud/reference/compute/tpus/queued-resources/{create,ssh,list,delete}, synopses.
+# https://cloud.google.com/sdk/gcloud/reference/compute/tpus/queued-resources/{create,ssh,list,delete,describe}
 GCLOUD_WIDE = {"project", "quiet", "format", "filter", "zone"}
 FLAGS = {
     "create": {"accelerator-type", "runtime-version", "node-id", "node-count", "node-prefix", "spot", "reserved"}
-    | {"service-account", "network"},
-    "ssh": {"worker", "node", "command"},
+    | {"service-account", "network", "type", "topology"},
+    "ssh": {"worker", "node", "command", "batch-size", "ssh-flag"},
     "list": set(),
     "delete": {"force"},
+    "describe": set(),
 }
 
 
@@ -80,6 +84,20 @@ def test_gcloud_knows_every_flag(config, capacity, slices):
     assert {"--worker=all", "--node=all"} <= set(found["ssh"])
 
 
+def test_the_topology_is_the_one_that_is_had(config):
+    # gcloud takes --type=v4 with --topology, of later TPUs only the number of chips or cores.
+    config.accelerator, config.topology = "v4", "2x2x16"
+    create = commands(script(config))["create"]
+    assert {"--type=v4", "--topology=2x2x16"} <= set(create) and not any("accelerator" in word for word in create)
+    for accelerator, topology in (("v5p", "2x2x16"), ("v5e", "2x32")):
+        config.accelerator, config.topology = accelerator, topology
+        with pytest.raises(UserError, match=f"config.topology = '{topology}': Cloud TPU lays {accelerator} out"):
+            script(config)
+    for accelerator, topology in (("v5p", "2x2x1"), ("v5p", "4x4x12"), ("v5e", "1x1"), ("v6e", "8x16")):
+        config.accelerator, config.topology = accelerator, topology
+        assert not any("topology" in word for word in commands(script(config))["create"])
+
+
 def test_bash_reads_it(config):
     config.overrides = (shell.NASTY,)
     assert shell.parses(script(config))
@@ -88,7 +106,7 @@ def test_bash_reads_it(config):
 @pytest.fixture
 def cloud(tmp_path):
     """A gcloud that goes through the states of the file `states`, and whose hosts say what `said-<n>` has."""
-    shell.put(tmp_path, "sleep", "exit")
+    shell.put(tmp_path, "sleep", 'echo "$1" >>slept')
     shell.put(tmp_path, "python", 'echo "$4" >>recorded')
     shell.put(
         tmp_path,
@@ -97,7 +115,13 @@ def cloud(tmp_path):
         echo "$4" >>called
         case $4 in
           list) head -n 1 states; [[ $(wc -l <states) == 1 ]] || sed -i 1d states ;;
-          ssh) n=$(grep -c ssh called); cat "said-$n" ;;
+          ssh)
+            n=$(grep -c ssh called)
+            # By default the 65th host waits for the first 64 to end (gcloud's tpus/queued_resources/ssh.py).
+            [[ $* == *--batch-size=all* ]] || { head -n 128 "said-$n"; exec /bin/sleep 60; }
+            cat "said-$n"
+            ;;
+          create) if [[ -s refused ]]; then sed -i 1d refused; exit 1; fi ;;
         esac
         """,
     )
@@ -107,12 +131,17 @@ def cloud(tmp_path):
 def go(folder, config, states, *said):
     (folder / "states").write_text("".join(f"{state}\n" for state in states))
     for number, status in enumerate(said, 1):
-        text = "".join(f"some output\nlaunch: ended with status {s}\n" for s in status)
+        text = "".join(f"some output\nlaunch: host ended with status {s}\n" for s in status)
         (folder / f"said-{number}").write_text(text)
     result = shell.bash(folder, script(config))
     called = [verb for verb in (folder / "called").read_text().split() if verb != "list"]
     recorded = folder / "recorded"
     return result.returncode, called, recorded.read_text().split() if recorded.exists() else []
+
+
+def prefix_stand_in(folder, name, text):
+    """Has a stand-in do something else first."""
+    shell.put(folder, name, (folder / "bin" / name).read_text().replace("#!/bin/bash", text))
 
 
 HOSTS = 4  # a v5e slice of 16 chips
@@ -142,6 +171,18 @@ def test_a_users_error_is_the_end(config, cloud):
     assert go(cloud, config, ["ACTIVE"], [1, 2]) == (2, ["ssh", "delete"], ["2"])
 
 
+def test_a_lost_connection_is_no_failure_however_often(config, cloud):
+    status, called, _ = go(cloud, config, ["ACTIVE"], [], [0], [], [], [], [], [0] * HOSTS)
+    assert (status, called) == (0, ["ssh"] * 7 + ["delete"])
+    waited = [int(seconds) for seconds in (cloud / "slept").read_text().split() if seconds != "30"]
+    assert waited == [60, 120, 240, 480, 480]
+
+
+def test_more_hosts_than_gcloud_reaches_at_once(config, cloud):
+    config.topology, config.slices = "16x16", 2
+    assert go(cloud, config, ["ACTIVE"], [0] * 128)[:2] == (0, ["ssh", "delete"])
+
+
 def test_hosts_that_were_told_to_stop_have_not_failed(config, cloud):
     assert go(cloud, config, ["ACTIVE"], [75] * HOSTS, [75], [75], [0] * HOSTS)[:2] == (0, ["ssh"] * 4 + ["delete"])
 
@@ -156,14 +197,56 @@ def test_a_host_that_has_given_up_is_not_waited_for(config, cloud):
     assert go(cloud, config, ["ACTIVE"], [2]) == (2, ["ssh", "delete"], ["2"])
 
 
+HANGS = """
+    if [[ $4 == ssh && ! -e child ]]; then
+      echo ssh >>called
+      /bin/sleep 60 & echo $! >child
+      echo "launch: host ended with status 75"
+      wait
+    fi
+"""
+
+
+def is_running(pid):
+    status = Path(f"/proc/{pid}/status")
+    return status.exists() and "zombie" not in status.read_text()
+
+
+def test_an_earlier_connection_ends_with_its_processes(config, cloud):
+    prefix_stand_in(cloud, "gcloud", HANGS)
+    assert go(cloud, config, ["ACTIVE"], [], [0] * HOSTS)[:2] == (0, ["ssh", "ssh", "delete"])
+    assert not is_running((cloud / "child").read_text().strip())
+    assert len(list((cloud / "logs").glob("trial-*.txt"))) == 2  # a log for each
+
+
+def test_a_killed_script_takes_its_connection_with_it(config, cloud):
+    prefix_stand_in(cloud, "gcloud", HANGS.replace("75", "0"))
+    shell.put(cloud, "sleep", "exec /bin/sleep 0.05")
+    (cloud / "states").write_text("ACTIVE\n")
+    process = subprocess.Popen(["bash", "-c", script(config)], cwd=cloud, env=shell.environment(cloud))
+    deadline = time.monotonic() + 20
+    while not (cloud / "child").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.terminate()
+    assert process.wait(20) != 0
+    assert not is_running((cloud / "child").read_text().strip())
+
+
 def test_a_request_that_cannot_be_met_is_the_end(config, cloud):
-    assert go(cloud, config, ["", "FAILED"]) == (1, ["create", "delete"], ["1"])
+    assert go(cloud, config, ["", "FAILED"]) == (1, ["create", "describe", "delete"], ["1"])
+
+
+@pytest.mark.parametrize(
+    ("refusals", "ended"), [(2, (0, ["create"] * 3 + ["ssh", "delete"])), (9, (1, ["create"] * 5))]
+)
+def test_a_request_that_is_refused_is_made_again_a_few_times(config, cloud, refusals, ended):
+    (cloud / "refused").write_text("x\n" * refusals)
+    states = [""] * (refusals + 1) + ["ACTIVE"]
+    assert go(cloud, config, states, [0] * HOSTS)[:2] == ended
 
 
 def test_a_gcloud_that_fails_makes_no_second_request(config, cloud):
-    real = (cloud / "bin" / "gcloud").read_text()
-    flaky = "if [[ $4 == list && ! -e failed ]]; then touch failed; exit 1; fi"
-    shell.put(cloud, "gcloud", real.replace("#!/bin/bash", flaky))
+    prefix_stand_in(cloud, "gcloud", "if [[ $4 == list && ! -e failed ]]; then touch failed; exit 1; fi")
     assert go(cloud, config, ["ACTIVE"], [0] * HOSTS)[1] == ["ssh", "delete"]
 
 
@@ -174,11 +257,25 @@ def test_hosts_run_the_program_word_for_word(config, tmp_path):
     shell.put(tmp_path, "python", 'echo "$XLA_FLAGS"\n' + shell.SHOW_ARGUMENTS)
     # As the shell of this machine hands it to gcloud, and gcloud to that of the host.
     command = next(word for word in commands(script(config))["ssh"] if word.startswith("--command="))
-    flags, arguments = shell.bash(tmp_path, command.removeprefix("--command=")).stdout.splitlines()
+    flags, arguments, ended = shell.bash(tmp_path, command.removeprefix("--command=")).stdout.splitlines()
     assert flags == "--a=1 --b='$x'"
+    assert ended == "launch: host ended with status 0"
     arguments = json.loads(arguments)
     assert arguments[:2] == ["-m", "launch.supervise"]
     assert arguments[arguments.index("--") + 1 :] == run.program(config)
+
+
+@pytest.mark.parametrize(
+    ("setup", "program", "status"),
+    [("true", "exit 75", 75), ("true", "exit 2", 2), ("tar xf nothing", "exit 0", 1), ("rm bin/python", "", 127)],
+)
+def test_a_host_always_says_how_it_ended(config, tmp_path, setup, program, status):
+    """A setup that fails is no user's error, whatever its status; tar's is 2."""
+    config.setup, config.python = (setup,), str(tmp_path / "bin" / "python")
+    shell.put(tmp_path, "python", program)
+    (run,) = runs(config)
+    said = shell.bash(tmp_path, tpu_queued.remote_command(config, run)).stdout
+    assert said == f"launch: host ended with status {status}\n"
 
 
 def test_wrong_use(config):

@@ -73,6 +73,15 @@ def test_names_are_such_as_xpk_takes(config):
         assert len(run.job_name) <= 40 and run.job_name.replace("-", "a").isalnum() and run.job_name[0].isalpha()
 
 
+def test_one_that_is_there_already_is_to_be_deleted_first(config, tmp_path, monkeypatch, capfd):
+    """xpk would ask whether to overwrite it (xpk/commands/workload.py); nobody answers."""
+    shell.put(tmp_path, "xpk", "read -r answer || exit 1")
+    monkeypatch.setenv("PATH", shell.environment(tmp_path)["PATH"])
+    assert xpk.plan(config).carry_out() == 1
+    said = capfd.readouterr().err
+    assert "xpk workload create --workload=run ended with status 1" in said and "`xpk workload delete`" in said
+
+
 def test_wrong_use(config):
     config.xpk.cluster = ""
     with pytest.raises(UserError, match="config.xpk.cluster is empty"):

@@ -26,6 +26,14 @@ def test_as_many_slices_as_there_are_nodes():
         _hybrid([4, 4, 1, 1, 1], gpus(2))
 
 
+def test_slices_of_tpus_are_not_one():
+    """What a run meets that was not told of them."""
+    kind = {"platform": "tpu", "device_kind": "TPU v5 lite", "process_index": 0}
+    devices = [types.SimpleNamespace(**kind, id=i, slice_index=i // 4) for i in range(8)]
+    with pytest.raises(UserError, match="MeshShape.slice = 1, but the devices are in 2 slices; set it to that"):
+        MeshShape().build(devices)
+
+
 def test_what_is_left_over_goes_to_the_axis_of_minus_one():
     assert dict(zip(AXES, MeshShape(fsdp=2, tensor=2).build().devices.shape, strict=True)) == {
         "slice": 1, "data": 2, "fsdp": 2, "sequence": 1, "tensor": 2,

@@ -135,3 +135,24 @@ def test_pieces_of_one_collective_are_one():
     body = f"  %a.1 = f32[256]{{0}} {gather}\n  ROOT %b.1 = f32[256]{{0}} {gather}\n"
     (one,) = collectives(Module.of(f"ENTRY %main (x: f32[64]) -> f32[256] {{\n{body}}}\n"), 8)
     assert one.count == 1
+
+
+def test_two_of_one_channel_are_two():
+    """libtpu reduces within a slice, sends to the other one, and gathers within the slice, all under one number."""
+    within = "channel_id=7, replica_groups=[4,2]<=[8]"
+    body = (
+        f"  %a.1 = f32[64]{{0}} reduce-scatter(%x), {within}\n  ROOT %b.1 = f32[128]{{0}} all-gather(%a.1), {within}\n"
+    )
+    found = collectives(Module.of(f"ENTRY %main (x: f32[128]) -> f32[128] {{\n{body}}}\n"), 8, slices=2)
+    assert {(one.kind, one.bytes) for one in found} == {("reduce-scatter", 256), ("all-gather", 256)}
+
+
+def test_what_all_send_to_all_crosses_slices_whole():
+    """Of 4,096 bytes for 8 devices half go to the other slice, and 3/8 to the others of the own one."""
+    found = of_line("f32[1024]{0} all-to-all(%x), replica_groups={}", slices=2)
+    assert {one.network: one.bytes for one in found} == {"dcn": 2048, "ici": 1536}
+
+
+def test_a_permutation_with_one_pair_across_slices_is_on_their_network():
+    (one,) = of_line("f32[256]{0} collective-permute(%x), source_target_pairs={{0,1},{3,4}}", slices=2)
+    assert (one.network, one.bytes) == ("dcn", 1024)

@@ -146,7 +146,9 @@ def test_what_writes_answers_lowers(name):
     made.function.trace(*made.arguments).lower()
     assert (made.tokens, made.steps) == (16 * 2 * 8, 8)
     reading, writing = (forward_flops(run.model, CONFIG, {"inputs": 24, "targets": n}) for n in (0, 8))
-    assert made.flops == 16 * (reading + 2 * (writing - reading))
+    # Where the inputs are a decoder's own, their last position alone is scored.
+    unscored = 23 * 2 * CONFIG.vocab_size * CONFIG.embed_dim if run.model is DecoderOnly else 0
+    assert made.flops == 16 * (reading - unscored + 2 * (writing - reading))
     # The decoder's kernels and the output, of two float32 shares each: nothing of an encoder's.
     kernels = memory.device_bytes({k: v for k, v in made.parameters.items() if k in ("decoder", "output")})
     assert kernels <= made.read_by_step < kernels + memory.device_bytes(made.parameters["embedding"])
@@ -160,7 +162,7 @@ def test_what_has_no_room_for_its_state_is_not_compiled(case, monkeypatch):
     found = plan(case)
     assert not found.fits
     assert "no room for parameters, gradients and optimizer" in found.problem
-    assert found.memory.temporaries == found.memory.parameters
+    assert found.memory.temporaries == found.memory.parameters / 2  # gradients in bfloat16 at least
 
 
 def test_a_run_without_optimizer_has_no_train_step(case):
@@ -208,6 +210,13 @@ def test_a_compiler_that_crashes_is_a_sentence(case, broken):
         "import os, signal; print('out of memory', file=__import__('sys').stderr); os.kill(os.getpid(), signal.SIGKILL)"
     )
     with pytest.raises(CompilerFailure, match=r"was ended by SIGKILL: out of memory Try a smaller topology"):
+        plan_elsewhere(case)
+
+
+def test_an_error_while_tracing_is_said_in_its_own_words(case, broken):
+    """JAX puts a note on its frames behind it; and no machine would mend it."""
+    broken("import sys; sys.exit('Traceback:\\nTypeError: no such shape\\n--------\\nFor simplicity, JAX has removed')")
+    with pytest.raises(CompilerFailure, match=r"ended with status 1: TypeError: no such shape$"):
         plan_elsewhere(case)
 
 

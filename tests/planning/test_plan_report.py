@@ -1,6 +1,7 @@
 """What a reader is told."""
 
 import re
+import shlex
 
 from t5x_domain.parallel.mesh import MeshShape
 from t5x_domain.planning.advice import Attempt
@@ -43,6 +44,19 @@ def test_advice_is_flags_to_copy():
     flags = """--gin.ModelConfig.remat="'full'" --gin.Run.accumulation_steps=2"""
     assert f"tried {flags}: 9.00 GiB a device, fits\n less is kept" in told
     assert told.endswith(f"it fits with {flags}")
+
+
+def test_flags_are_what_a_shell_gives_back():
+    change = ("Updates.optimizer = @Adafactor()", "ModelConfig.remat = 'full'", "Updates.groups = None")
+    told = next(line for line in advice_lines(plan(memory(state=20)), [Attempt(change, "", plan())]) if "tried" in line)
+    assert shlex.split(told.removeprefix("tried ").rpartition(": ")[0]) == [
+        "--gin.Updates.optimizer=@Adafactor()", "--gin.ModelConfig.remat='full'", "--gin.Updates.groups=None",
+    ]  # fmt: skip
+
+
+def test_a_change_whose_compilation_failed_says_why():
+    failed = Attempt(("MeshShape.data = 2",), "", plan(memory=None, bounds=None, problem="was ended by SIGKILL"))
+    assert "tried --gin.MeshShape.data=2: was ended by SIGKILL" in words(advice_lines(plan(), [failed]))
 
 
 def test_without_a_way_the_least_number_of_devices_is_said():

@@ -43,6 +43,20 @@ def test_nodes_of_gpus_are_no_slices():
     assert Topology.of("h200:8x2").slices == 2
 
 
+def test_a_node_has_eight_gpus():
+    with pytest.raises(UserError, match=r"--topology=h200:20: .* write h200:8x3 for several nodes"):
+        Topology.of("h200:20")
+
+
+def test_of_a_gpu_jax_takes_a_share(monkeypatch):
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    assert Topology.of("h200:8").memory_limit == 0.75 * CHIPS["h200"].hbm_bytes
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", ".92")
+    assert Topology.of("h200:8").memory_limit == 0.92 * CHIPS["h200"].hbm_bytes
+    assert Topology.of("v5e:4x4").memory_limit == CHIPS["v5e"].hbm_bytes
+    assert Topology.of("cpu:8").memory_limit is None
+
+
 @pytest.mark.parametrize(("name", "extra"), [("v5e:4x4", "tpu"), ("h200:8", "cuda")])
 def test_a_missing_compiler_is_named(name, extra, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)

@@ -89,12 +89,22 @@ def test_a_port_in_use_is_refused(describe):
             processes.start()
 
 
-def test_a_process_that_waits_for_others_in_vain_says_so(describe, tmp_path):
-    """JAX aborts it after the time; the status says that it may be started again."""
+# jax/_src/clusters/cloud_tpu_cluster.py, wait_for_coordinator: on GKE a pod that is not there has no address.
+NO_ADDRESS = """
+import jax
+def initialize(**_):
+    raise RuntimeError("Failed to recognize coordinator address trial-slice-0-0.trial")
+jax.distributed.initialize = initialize
+"""
+
+
+@pytest.mark.parametrize("before", ["", NO_ADDRESS])
+def test_a_process_that_waits_for_others_in_vain_says_so(describe, before):
+    """JAX aborts it after the time, or gives up; the status says that it may be started again."""
     alone = "from t5x_domain.parallel import processes; processes._MEET_SECONDS = 1; processes.start()"
     describe(ALL | {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}"})
     result = subprocess.run(
-        [sys.executable, "-c", alone], cwd=REPOSITORY, capture_output=True, text=True, timeout=LIMIT_SECONDS
+        [sys.executable, "-c", before + alone], cwd=REPOSITORY, capture_output=True, text=True, timeout=LIMIT_SECONDS
     )
     assert result.returncode == 75, result.stderr
     assert "the processes of this run did not all come together within 1 s" in result.stderr

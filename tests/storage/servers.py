@@ -11,7 +11,9 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 HOST = "127.0.0.1"
-Fault = Callable[[int, str, str], str | None]  # (number of the request from 1, method, path) -> None, "503", "reset"
+# (number of the request from 1, method, path) -> None, a status as "503", "reset", "stall" (no answer for ever),
+# or "lost" (done, but the answer does not arrive).
+Fault = Callable[[int, str, str], str | None]
 
 
 class Proxy:
@@ -37,12 +39,14 @@ class Proxy:
                     proxy.requests.append((self.command, self.path))
                     number = len(proxy.requests)
                 fault = proxy.fault and proxy.fault(number, self.command, self.path)
-                if fault == "reset":  # lingering 0 seconds: the peer sees ECONNRESET, not an orderly end
-                    self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                if fault == "stall":  # nothing is said until the peer has gone
+                    self.connection.recv(1)
                     self.close_connection = True
-                    self.connection.close()
                     return
-                if fault is not None:
+                if fault == "reset":
+                    self._reset()
+                    return
+                if fault not in (None, "lost"):
                     self._send(int(fault), [("Content-Type", "application/json")], b"")
                     return
                 upstream = http.client.HTTPConnection(HOST, port)
@@ -54,8 +58,17 @@ class Proxy:
                 upstream.request(self.command, self.path, body, headers)
                 response = upstream.getresponse()
                 content = response.read()
+                if fault == "lost":
+                    self._reset()
+                    return
                 self._send(response.status, response.getheaders() + self._generation(response.status), content)
                 upstream.close()
+
+            def _reset(self) -> None:
+                """Lingering 0 seconds: the peer sees ECONNRESET, not an orderly end."""
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                self.close_connection = True
+                self.connection.close()
 
             def _generation(self, status: int) -> list[tuple[str, str]]:
                 """What Google's servers say of each object they send, this one does not, and TensorStore needs."""

@@ -14,6 +14,12 @@ def first(*faults):
     return lambda number, method, path: left.pop(0) if left else None
 
 
+@pytest.fixture
+def hasty(monkeypatch):
+    """gcsfs does not wait between its own attempts, which take over half a minute otherwise."""
+    monkeypatch.setattr("gcsfs.retry.min", lambda *seconds: 0.0, raising=False)
+
+
 def test_a_path_is_used_like_one_of_this_machine(bucket, tmp_path):
     for root in (files.path(bucket), files.path(tmp_path)):
         folder = root / "a" / "b"
@@ -29,8 +35,9 @@ def test_a_path_is_used_like_one_of_this_machine(bucket, tmp_path):
             folder.mkdir()
         (folder / "c.txt").unlink()
         (folder / "c.txt").unlink(missing_ok=True)
-        with pytest.raises(FileNotFoundError):
+        with pytest.raises(FileNotFoundError) as missing:
             (folder / "c.txt").read_bytes()
+        assert missing.value.strerror and missing.value.filename == str(folder / "c.txt")
     assert files.is_remote(bucket) and not files.is_remote(tmp_path)
 
 
@@ -42,7 +49,7 @@ def test_a_copy_is_made_anew_when_the_object_is(bucket):
     assert files.local_copy(place) == files.local_copy(place)
 
 
-def test_a_stream_reads_by_blocks_and_survives_a_fault_in_the_middle(bucket, proxy, monkeypatch):
+def test_a_stream_reads_by_blocks_and_survives_a_fault_in_the_middle(bucket, proxy, hasty, monkeypatch):
     monkeypatch.setattr(buckets, "_BLOCK_BYTES", 4)
     place = files.path(bucket) / "a.txt"
     place.write_bytes(TEXT)
@@ -63,7 +70,7 @@ def test_objects_are_neither_renamed_nor_appended_to(bucket):
 
 
 @pytest.mark.parametrize("fault", ["503", "500", "429", "408", "reset"])
-def test_what_passes_is_tried_again(bucket, proxy, fault):
+def test_what_passes_is_tried_again(bucket, proxy, hasty, fault):
     place = files.path(bucket) / "a.txt"
     proxy.fault = first(fault)
     files.write_atomically(place, TEXT)
@@ -73,15 +80,23 @@ def test_what_passes_is_tried_again(bucket, proxy, fault):
     assert place.exists()
 
 
-@pytest.mark.parametrize("proxy", ["s3"], indirect=True)  # gcsfs makes six attempts of its own, over half a minute
-def test_each_attempt_is_a_line_and_giving_up_a_sentence(bucket, proxy, monkeypatch, caplog):
+def test_a_connection_on_which_nothing_comes_is_given_up(bucket, proxy, hasty, monkeypatch):
     place = files.path(bucket) / "a.txt"
-    proxy.fault = first(*["503"] * 6)  # three requests an attempt: the client repeats each twice
+    place.write_bytes(TEXT)
+    monkeypatch.setattr(buckets, "_SILENT_SECONDS", 0.3)
+    proxy.fault = first("stall")
+    assert place.read_bytes() == TEXT
+
+
+def test_each_attempt_is_a_line_and_giving_up_a_sentence(bucket, proxy, hasty, monkeypatch, caplog):
+    place = files.path(bucket) / "a.txt"
+    requests = 3 if bucket.startswith("s3") else 6  # that the client makes of one
+    proxy.fault = first(*["503"] * 2 * requests)
     files.write_atomically(place, TEXT)
     said = [record.message for record in caplog.records if record.name == "t5x_domain.buckets"]
     assert [text.startswith(f"{place}: ") for text in said] == [True, True]
     assert "; attempt 2 in 0." in said[0] and "; attempt 3 in " in said[1]
-    monkeypatch.setattr(buckets, "GIVE_UP_SECONDS", 0.5)
+    monkeypatch.setattr(buckets, "GIVE_UP_SECONDS", 0.2)
     proxy.fault = lambda *request: "503"
     with pytest.raises(StorageError, match=f"{place}: the storage did not answer in 1 attempts over . s .*start"):
         place.read_bytes()
@@ -112,6 +127,15 @@ def test_the_time_between_attempts_doubles_up_to_a_bound(monkeypatch):
         buckets.retrying("gs://b/a", lambda: (_ for _ in ()).throw(ConnectionResetError("reset")))
     for delay, longest in zip(delays, [0.5, 1, 2, 4, 8, 16, 20, 20, 20], strict=False):
         assert longest / 2 <= delay <= longest
+    left = ["reset", "reset"]
+
+    def breaks_off_twice():
+        now[0] += 10 * buckets.GIVE_UP_SECONDS
+        if left:
+            raise ConnectionResetError(left.pop())
+        return "done"
+
+    assert buckets.retrying("gs://b/a", breaks_off_twice) == "done"
 
 
 @pytest.mark.parametrize(
@@ -162,9 +186,13 @@ def test_a_missing_package(monkeypatch, path, package, extra):
         files.path(path).exists()
 
 
-def test_another_kind_of_path():
-    with pytest.raises(UserError, match="http://a/b: neither a path of this machine nor gs:// or s3://"):
-        files.path("http://a/b")
+@pytest.mark.parametrize("path", ["http://a/b", "gs:/a/b", "s3:/a"])  # pathlib makes one slash of two
+def test_another_kind_of_path(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for use in (files.path, lambda path: files.write_atomically(path, b"")):
+        with pytest.raises(UserError, match=f"{path}: neither a path of this machine nor gs:// or s3://"):
+            use(path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_failed_write_leaves_what_was_there(bucket, proxy):
@@ -175,6 +203,41 @@ def test_a_failed_write_leaves_what_was_there(bucket, proxy):
         files.write_atomically(place, TEXT * 1000)
     proxy.fault = None
     assert place.read_bytes() == b"before"
+
+
+def test_what_was_removed_though_the_answer_was_lost(bucket, proxy, hasty):
+    folder = files.path(bucket) / "a"
+    for remove in (lambda: (folder / "b").unlink(), folder.rmtree):
+        (folder / "b").write_bytes(TEXT)
+        lost = ["lost"]  # of the first request that removes: the batches of gs:// and s3:// are POST
+        proxy.fault = lambda n, method, p, lost=lost: lost.pop() if lost and method in ("DELETE", "POST") else None
+        remove()
+        assert not lost and not folder.exists()
+        with pytest.raises(FileNotFoundError):
+            remove()
+
+
+@pytest.mark.parametrize("proxy", ["s3"], indirect=True)
+def test_what_a_batch_did_not_remove_is_removed_alone(bucket, proxy, monkeypatch):
+    """Of a batch s3fs drops the errors, so that nothing tells that an object is still there."""
+
+    async def without_a_word(*_, **__):
+        return []
+
+    monkeypatch.setattr("s3fs.core.S3FileSystem._bulk_delete", without_a_word)
+    folder = files.path(bucket) / "a"
+    (folder / "b").write_bytes(TEXT)
+    proxy.fault = lambda number, method, path: "403" if method == "DELETE" else None
+    with pytest.raises(UserError, match=f"{folder}/b: permission refused"):
+        folder.rmtree()
+    proxy.fault = None
+    folder.rmtree()
+    assert not folder.exists()
+
+
+def test_a_folder_in_a_folder_of_its_name(bucket):
+    (files.path(bucket) / "a" / "a" / "b").write_bytes(TEXT)
+    assert list((files.path(bucket) / "a").iterdir()) == [files.path(bucket) / "a" / "a"]
 
 
 def test_a_growing_file_is_replaced_by_a_longer_one(bucket, proxy):

@@ -75,7 +75,8 @@ def written(run_dir):
     return timeless, read_json_lines(folder / "evaluations.jsonl"), scores, (folder / "phases.json").read_text()
 
 
-@pytest.mark.parametrize("proxy", ["gs", pytest.param("s3", marks=pytest.mark.slow)], indirect=True)
+@pytest.mark.slow
+@pytest.mark.parametrize("proxy", ["gs", "s3"], indirect=True)
 def test_interrupted_and_resumed_among_faults_it_ends_like_one_on_this_machine(
     prepared, bucket, proxy, tmp_path, capsys
 ):

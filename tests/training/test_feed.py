@@ -1,6 +1,8 @@
 """What a run's processes read: the rows of every batch once, whether or not they keep to their own lanes."""
 
+import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -85,6 +87,30 @@ def test_processes_share_out_every_batch(run_with, monkeypatch, lanes):
             {(s.component.split("_")[0], s.start_token) for i in range(30) for s in f.batches.seen(i)} for f in parts
         ]
         assert sum(map(len, seen)) == len(set().union(*seen))
+
+
+@pytest.mark.parametrize("lanes", [None, 4])
+def test_worker_processes_make_the_same_batches(run_with, monkeypatch, lanes):
+    _, batch, _ = next(feed_of(run_with(f"Run.lanes = {lanes}", "Run.data_workers = 1"), monkeypatch).train_batches(7))
+    _, expected, _ = next(feed_of(run_with(f"Run.lanes = {lanes}"), monkeypatch).train_batches(7))
+    for name, feature in expected.items():
+        np.testing.assert_array_equal(batch[name], feature)
+
+
+def test_a_run_goes_on_over_the_documents_it_began_with(run_with, tmp_path):
+    """Whatever name and version they have. A cache that was moved is the same."""
+    run = run_with()
+    moved = shutil.copytree(run.cache_dir, tmp_path / "moved")
+    run = dataclasses.replace(run, run_dir=str(tmp_path / "run"))
+    (run.claim_directory([0, 20]) / "metrics.jsonl").write_text("{}\n")
+    run = dataclasses.replace(run, cache_dir=str(moved))
+    run.claim_directory([0, 20])
+    manifest = json.loads((moved / "general" / "manifest.json").read_text())
+    check, *_ = manifest["splits"]["train"]["shards"][2]["checks"].values()
+    check["sha256"] = "0" * 64
+    (moved / "general" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="belongs to a run .*: digest of the token cache of general was '.*', is '"):
+        run.claim_directory([0, 20])
 
 
 def test_lanes_are_part_of_what_a_run_is(run_with, monkeypatch):

@@ -262,7 +262,8 @@ def test_a_finished_run_is_left_as_it_is(workspace, undisturbed):
     """Also where the model is computed in another way, on other machines, or by a program that knows more settings."""
     before, record = logged(undisturbed), undisturbed / "run.json"
     identity = json.loads(record.read_text())
-    earlier = {key: value for key, value in identity.items() if key not in ("Run.init_longer", "ModelConfig.norm")}
+    later = {"Run.init_longer", "ModelConfig.norm", *(key for key in identity if "digest" in key)}
+    earlier = {key: value for key, value in identity.items() if key not in later}
     record.write_text(json.dumps(earlier))
     elsewhere = ["--gin.ModelConfig.remat='full'", "--gin.ModelConfig.attention_backend='xla'"]
     status, out, err = finish(workspace, undisturbed, *elsewhere)
@@ -304,6 +305,7 @@ def test_init_from_takes_the_parameters_and_starts_at_step_0(workspace, undistur
     assert first["corpora"] == lines(undisturbed / "evaluations.jsonl")[-1]["corpora"]
 
 
+@pytest.mark.slow
 def test_the_trained_model_is_left_for_hugging_face(workspace):
     from t5x_domain.conversion.formats import open_checkpoint
 
