@@ -160,10 +160,16 @@ class Growing:
         if self._remote is None:
             return
         for file in sorted(self.local.rglob("*")):
-            state = (file.stat().st_size, file.stat().st_mtime_ns)
-            if file.is_file() and self._published.get(file) != state:
-                (self._remote / file.relative_to(self.local).as_posix()).upload(file)
-                self._published[file] = state
+            if not file.is_file():  # a folder, or a link to nothing
+                continue
+            try:
+                state = (file.stat().st_size, file.stat().st_mtime_ns)
+                if self._published.get(file) != state:
+                    (self._remote / file.relative_to(self.local).as_posix()).upload(file)
+                    self._published[file] = state
+            except (FileNotFoundError, UserError):
+                if file.exists():  # Weights & Biases writes here, too, and removes some
+                    raise
 
 
 def changed_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

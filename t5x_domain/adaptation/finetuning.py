@@ -58,7 +58,7 @@ def finetune(tuning: FineTuning) -> int:
     model = open_model(tuning.init_from, flag="--init_from", mesh=tuning.mesh)
     form = form_of(tuning, model, data)
     folder = tuning.claim_folder(tuning.identity(model, data))
-    (folder / "config.gin").write_text(gin.operative_config_str(), encoding="utf-8")
+    write_atomically(folder / "config.gin", gin.operative_config_str().encode())
     with contextlib.closing(PreemptionNotice()) as notice:
         for seed in tuning.seeds:
             place = folder / f"seed_{seed}"

@@ -6,7 +6,11 @@ resumed run goes on bit for bit, at any step, and on another number of hosts.
 
 import dataclasses
 import functools
+import multiprocessing
+import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -301,5 +305,19 @@ def iterate(
     if num_workers:
         if not flags.FLAGS.is_parsed():  # Grain's workers read absl flags, which our command lines do not use.
             flags.FLAGS.mark_as_parsed()
-        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
+        options = grain.MultiprocessingOptions(num_workers=num_workers)
+        dataset = dataset.mp_prefetch(options, worker_init_fn=_live_as_long_as_parent)
     return iter(dataset)
+
+
+def _live_as_long_as_parent(*_: int) -> None:
+    """In a worker: what tells a whole group to stop must leave it to the trainer, which saves first and needs batches
+    until then; and a trainer that is killed cannot stop its workers."""
+    for told in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(told, signal.SIG_IGN)  # Grain itself sets an event, or kills
+
+    def watch() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, name="parent", daemon=True).start()

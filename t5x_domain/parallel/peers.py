@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from t5x_domain.errors import UserError
+from t5x_domain.errors import StorageError, UserError
 
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: start the same command again
 DAY = 24 * 3600 * 1000  # milliseconds: as good as for ever, since a lost process ends all that wait for it
@@ -62,7 +62,7 @@ class Peers:
 
     def fail(self, error: BaseException) -> None:
         """Tells the other processes that this one ends with `error`, and why."""
-        if not isinstance(error, (UserError, KeyboardInterrupt, SystemExit)):
+        if not isinstance(error, (UserError, StorageError, KeyboardInterrupt, SystemExit)):
             self.rule_out_loss(error)
         self._end_here()
         told_to_stop = isinstance(error, (KeyboardInterrupt, SystemExit))
@@ -96,10 +96,13 @@ class Peers:
                 )
 
     def _watch_ends(self) -> None:
-        try:
-            end = json.loads(self.client.blocking_key_value_get(_ENDED, DAY))
-        except RuntimeError:  # the connection is gone, which others deal with
-            return
+        end = None
+        while end is None:
+            try:
+                end = json.loads(self.client.blocking_key_value_get(_ENDED, DAY))
+            except RuntimeError as error:
+                if "DEADLINE_EXCEEDED" not in str(error):  # the connection is gone, which others deal with
+                    return
         if end["process"] != self.index:
             again = "" if end["status"] == 2 else f"; {_AGAIN}"
             self._end(f"process {end['process']} ended: {end['reason']}{again}", end["status"])
@@ -148,13 +151,14 @@ class Peers:
 _HANDLERS: list[Any] = []  # C keeps a pointer to them
 
 
-def on_abort(explain: Callable[[], None]) -> None:
-    """From now on calls `explain` before the process aborts, which it does if that returns.
+def on_abort(explain: Callable[[], None] | None) -> None:
+    """From now on calls `explain`, if there is one, before the process aborts, which it does if that returns.
 
     JAX's answer to a lost service is abort(), on a thread of its own. Python's signal module could not say a word
     before the process is gone, since its handlers wait for the main thread, and another exit status is needed.
     """
-    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda _: explain())
+    prototype = ctypes.CFUNCTYPE(None, ctypes.c_int)
+    handler = prototype(lambda _: explain()) if explain else prototype(signal.SIG_DFL.value)
     _HANDLERS.append(handler)
     ctypes.CDLL(None).signal(signal.SIGABRT, handler)
 

@@ -54,6 +54,7 @@ def start(heartbeat_seconds: float = HEARTBEAT_SECONDS) -> None:
         if "coordinator address" in str(error):  # the host of process 0 has no address before it is there
             _explain_absence()
         raise
+    on_abort(None)  # all have come together
     _PEERS = Peers(
         global_state.client, global_state.coordinator_address, jax.process_index(), jax.process_count(),
         heartbeat_seconds,
@@ -111,6 +112,17 @@ def wait_for_all(what: str) -> None:
     """Returns when all processes have called it with the same `what`, which no other call has."""
     if _PEERS is not None:
         _PEERS.client.wait_at_barrier(f"t5x_domain/all/{what}", DAY)
+
+
+def require_joined() -> None:
+    """Raises UserError if JAX has found processes that `start` did not: each would take itself for the only one."""
+    import jax
+
+    if _PEERS is None and jax.process_count() > 1:
+        raise UserError(
+            f"JAX has found {jax.process_count()} processes, but the environment does not tell them of one another; "
+            f"set {', '.join(_VARIABLES)} in each."
+        )
 
 
 def require_one(verb: str) -> None:

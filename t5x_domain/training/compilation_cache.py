@@ -1,8 +1,8 @@
 """Compiled programs are kept on disk, so that the next start of a run does not compile them again."""
 
 import jax
-from etils import epath
 
+from t5x_domain import files
 from t5x_domain.errors import UserError
 
 
@@ -14,15 +14,16 @@ def use_compilation_cache(asked: str | None, run_dir: str) -> None:
     and run as it is, so nobody else should be able to write there.
 
     Raises:
-      UserError: `asked` cannot be created.
+      UserError: `asked` cannot be created, or has a scheme that is not read.
     """
-    if asked is None and jax.config.jax_compilation_cache_dir is not None:
-        return
     if asked is not None:
         try:
-            epath.Path(asked).mkdir(parents=True, exist_ok=True)
+            files.path(asked).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(
                 f"--compilation_cache={asked}: {error.strerror}; give a folder that you may write."
             ) from error
-    jax.config.update("jax_compilation_cache_dir", asked or str(epath.Path(run_dir) / "compilation_cache"))
+    chosen = asked or jax.config.jax_compilation_cache_dir or str(files.path(run_dir) / "compilation_cache")
+    jax.config.update("jax_compilation_cache_dir", chosen)
+    if files.is_remote(chosen):  # there XLA would keep what it has tuned for GPUs, with file names of its own
+        jax.config.update("jax_persistent_cache_enable_xla_caches", "none")

@@ -12,12 +12,13 @@ from typing import Any
 
 import jax
 
+from t5x_domain.errors import StorageError, UserError
 from t5x_domain.files import Growing, write_atomically
 from t5x_domain.parallel.processes import is_first
-from t5x_domain.training.metrics import JsonLines, read_json_lines
+from t5x_domain.training.metrics import JsonLines, explained, read_json_lines
 
 CAUSES = (
-    "start_up",  # from the start of the program to the first batch: imports, caches, restoring a checkpoint
+    "start_up",  # until the first batch is asked for: imports, caches, restoring a checkpoint
     "compile",  # tracing and compiling, wherever it happens
     "data_wait",  # the devices had nothing to do because the next batch was not there
     "step",  # updates that counted: the device at work, with what the host does meanwhile and between
@@ -105,6 +106,14 @@ class Ledger:
                 self._write_summary(total)
         return total
 
+    def __enter__(self) -> "Ledger":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        """Closes it; what cannot be written then is less than the error that has ended the run, if there is one."""
+        with contextlib.suppress(*(() if kind is None else (UserError, StorageError))):
+            self.close()
+
     def close(self) -> None:
         """Ends this start. The time until the next, if all updates are done, is no part of the run."""
         jax.monitoring.unregister_event_time_span_listener(self._compiled)
@@ -128,7 +137,9 @@ class Ledger:
     def _write_summary(self, total: Mapping[str, Any]) -> None:
         self._last_summary = self._since
         summary = {**total, "starts": self._starts, "first_step_seconds": self._first_steps}
-        write_atomically(self._records.local / "goodput.json", json.dumps(summary, indent=1).encode())
+        path = self._records.local / "goodput.json"
+        with explained(path):
+            write_atomically(path, json.dumps(summary, indent=1).encode())
 
     def _compiled(self, event: str, start: float, end: float, **_: Any) -> None:
         """JAX has traced, lowered or compiled something; while tracing it may have compiled something else."""

@@ -3,18 +3,21 @@
 import contextlib
 import dataclasses
 import json
+import secrets
 from typing import Any
 
 import gin
 import jax
 from etils import epath
 
+from t5x_domain import files
 from t5x_domain.conversion.native import open_native
 from t5x_domain.data.curriculum import learning_rate
+from t5x_domain.errors import UserError
 from t5x_domain.files import Growing, write_atomically
 from t5x_domain.models.names import path_name
 from t5x_domain.parallel.peers import EXIT_PREEMPTED
-from t5x_domain.parallel.processes import first_does, is_first
+from t5x_domain.parallel.processes import first_does, is_first, peers, require_joined, wait_for_all
 from t5x_domain.training.checkpoint import Checkpoints
 from t5x_domain.training.export import export, require_free_export
 from t5x_domain.training.feed import Feed
@@ -23,6 +26,7 @@ from t5x_domain.training.guard import Guard
 from t5x_domain.training.initial import restore_params, starting_state
 from t5x_domain.training.metrics import read_json_lines
 from t5x_domain.training.preemption import PreemptionNotice
+from t5x_domain.training.profiling import TraceRequest
 from t5x_domain.training.run import Run
 from t5x_domain.training.state import Blueprint
 from t5x_domain.training.step import make_eval_step, make_train_step
@@ -43,11 +47,12 @@ def train(run: Run, began: float | None = None) -> int:
       UserError: the configuration, the cache or the run directory is not fit for use; a checkpoint could not be
         written; or too many updates in a row were not finite.
     """
-    with contextlib.closing(Ledger(began)) as ledger:
+    with Ledger(began) as ledger:
         return _train(run, ledger)
 
 
 def _train(run: Run, ledger: Ledger) -> int:
+    require_joined()
     require_free_export(run)
     mesh = run.mesh.build()
     feed = Feed(run, mesh)
@@ -60,16 +65,20 @@ def _train(run: Run, ledger: Ledger) -> int:
     )
     eval_step = make_eval_step(blueprint, feed.loss)
 
-    run_dir = first_does(lambda: _claim_directory(run, feed))
+    run_dir = files.path(run.run_dir)
+    first_does(lambda: _claim_directory(run, feed))
+    _require_shared(run_dir)
     records = Growing(run_dir)
     with contextlib.ExitStack() as closing:
-        closing.callback(records.publish)  # the last of all
+        # A signal that nobody listens to ends the process: so these are closed after the last checkpoint is whole.
+        preemption = closing.enter_context(contextlib.closing(PreemptionNotice()))
+        trace_request = closing.enter_context(contextlib.closing(TraceRequest()))
+        closing.callback(records.publish)  # after all that is written
         checkpoints = closing.enter_context(contextlib.closing(Checkpoints(run_dir / "checkpoints", run.retention)))
         begins = checkpoints.latest_step is None
         state, start = starting_state(run, blueprint, transform, checkpoints)
-        watch = Watch(run, feed, schedule, records, ledger, start, begins=begins)
+        watch = Watch(run, feed, schedule, records, ledger, trace_request, start, begins=begins)
         closing.enter_context(contextlib.closing(watch))
-        preemption = closing.enter_context(contextlib.closing(PreemptionNotice()))
         guard = Guard(run, feed)
         watch.say(f"{blueprint.num_parameters:,} parameters, mesh {dict(mesh.shape)}, from step {start:,}")
         for phase in feed.batches.describe() if len(run.phases) > 1 else ():
@@ -103,10 +112,30 @@ def _train(run: Run, ledger: Ledger) -> int:
     return 0
 
 
-def _claim_directory(run: Run, feed: Feed) -> epath.Path:
+def _claim_directory(run: Run, feed: Feed) -> None:
     run_dir = run.claim_directory(feed.batches.starts)
-    (run_dir / "config.gin").write_text(gin.operative_config_str(), encoding="utf-8")
-    return run_dir
+    write_atomically(run_dir / "config.gin", gin.operative_config_str().encode())
+
+
+def _require_shared(run_dir: epath.Path) -> None:
+    """Processes write a checkpoint together, and would wait for ever for what one wrote to a disk of its own."""
+    if (others := peers()) is None:
+        return
+
+    def leave_mark() -> str:
+        name = f".seen-by-all-{secrets.token_hex(8)}"  # a name that no disk has from an earlier start
+        write_atomically(run_dir / name, b"")
+        return name
+
+    mark = run_dir / first_does(leave_mark)
+    if not mark.exists():
+        raise UserError(
+            f"--run_dir={run_dir}: process {others.index} does not see what process 0 writes there; give a folder that "
+            "all processes share, or gs:// or s3://."
+        )
+    wait_for_all("run_dir")
+    if is_first():
+        mark.unlink()
 
 
 def open_trained(run: Run) -> tuple[Feed, Blueprint, Any]:

@@ -133,5 +133,6 @@ def _over_hosts(counts: dict[str, dict[str, int]], num_shares: int) -> dict[str,
     from jax.experimental.multihost_utils import process_allgather
 
     leaves, tree = jax.tree.flatten(counts)
-    sums = process_allgather(np.array(leaves)).sum(axis=0)
+    halves = np.array(leaves, np.int64).view(np.int32)  # JAX would make int32 of int64
+    sums = np.ascontiguousarray(process_allgather(halves)).view(np.int64).sum(axis=0)
     return jax.tree.unflatten(tree, (sums * num_shares // jax.process_count()).tolist())

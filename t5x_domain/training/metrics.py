@@ -1,5 +1,6 @@
 """What a person and a later program see of a run: metrics.jsonl, TensorBoard and wandb, a progress bar."""
 
+import contextlib
 import json
 import math
 import os
@@ -9,11 +10,12 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import tensorboardX
 from etils import epath
 from tqdm import tqdm
 
+from t5x_domain.errors import UserError
 from t5x_domain.files import Growing
+from t5x_domain.training.tensorboard import TensorBoard
 from t5x_domain.training.weights_and_biases import WeightsAndBiases
 
 _PUBLISH_SECONDS = 60.0  # between uploads of the files of a run in a bucket
@@ -27,21 +29,40 @@ class JsonLines:
 
         A run that goes on from a checkpoint repeats the steps since then, so what was written of them goes.
         The lines so far are those of `before`, if it is given.
+
+        Raises:
+          UserError: it cannot be written; so do all methods.
         """
+        self._path = path
         kept = [line for line in read_json_lines(before or path) if line["step"] <= keep_until]
         temporary = path.with_suffix(".partial")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        os.replace(temporary, path)
-        self._file = path.open("a", encoding="utf-8")
+        with explained(path):
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+            os.replace(temporary, path)
+            self._file = path.open("a", encoding="utf-8")
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Appends one object and flushes it."""
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        with explained(self._path):
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
         """Closes the file."""
-        self._file.close()
+        with explained(self._path):
+            self._file.close()
+
+
+@contextlib.contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Around what writes a file of the run directory. Raises UserError if the disk is full, or fails."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path}: {error.strerror}; make room, or see that it can be written, then start the same command again: "
+            "it goes on from the last checkpoint."
+        ) from error
 
 
 def read_json_lines(path: Path | epath.Path) -> list[dict[str, Any]]:
@@ -77,8 +98,8 @@ class MetricsWriter:
         self._evaluations = JsonLines(local / "evaluations.jsonl", start_step - begins, home / "evaluations.jsonl")
         written = read_json_lines(local / "metrics.jsonl") or read_json_lines(local / "evaluations.jsonl")[:1]
         self.last_logged = written[-1]["step"] if written else start_step
-        # purge_step hides what TensorBoard has of the steps that are about to be repeated.
-        self._events = tensorboardX.SummaryWriter(str(local / "tensorboard"), purge_step=start_step + 1)
+        with explained(local / "tensorboard"):
+            self._tensorboard = TensorBoard(local / "tensorboard", purge_step=start_step + 1)
         self._wandb = wandb
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -97,15 +118,16 @@ class MetricsWriter:
 
     def publish(self) -> None:
         """Brings what was written to where others see it: a checkpoint must not know more than its run's files."""
-        self._events.flush()
+        with explained(self._records.local / "tensorboard"):
+            self._tensorboard.flush()
         self._records.publish()
         self._published = time.monotonic()
 
     def show(self, prefix: str, step: int, values: Mapping[str, Any]) -> None:
         """Numbers, or nested {name: number}, for TensorBoard and wandb alone."""
         scalars = dict(_flat(prefix, values))
-        for name, value in scalars.items():
-            self._events.add_scalar(name, value, step)
+        with explained(self._records.local / "tensorboard"):
+            self._tensorboard.log(step, scalars)
         if self._wandb is not None:
             self._wandb.log(step, scalars)
 
@@ -113,7 +135,8 @@ class MetricsWriter:
         """Closes all files."""
         self._metrics.close()
         self._evaluations.close()
-        self._events.close()
+        with explained(self._records.local / "tensorboard"):
+            self._tensorboard.close()
         self._records.publish()
 
 

@@ -180,9 +180,10 @@ class Run:
         folder, identity = files.path(self.run_dir), self.identity(phase_starts)
         record = folder / "run.json"
         if record.exists() and _has_begun(folder):
-            before = json.loads(record.read_text(encoding="utf-8"))
+            before = _defaults() | json.loads(record.read_text(encoding="utf-8"))
             free = {f"ModelConfig.{key}" for key in ModelConfig.PLACE}
-            changed = [key for key in changed_keys(before, identity) if key not in free]
+            noted = before.keys() - free  # what was not known then, and has no default, cannot have been another
+            changed = [key for key in changed_keys(before, _defaults() | identity) if key in noted]
             if changed:
                 differences = "; ".join(f"{key} was {before.get(key)!r}, is {identity.get(key)!r}" for key in changed)
                 raise UserError(
@@ -206,6 +207,15 @@ class Run:
                 f"Run.run_dir = {self.run_dir}: {error.strerror}; set --gin.RUN_DIR to a folder you may write."
             ) from error
         return folder
+
+
+def _defaults() -> dict[str, Any]:
+    """What a run.json has meant that was written before one of these keys was: they come with a default that changes
+    nothing."""
+    fields = {f"{kind.__name__}.{f.name}": f.default for kind in (Run, ModelConfig) for f in dataclasses.fields(kind)}
+    given = {key: default for key, default in fields.items() if default is not dataclasses.MISSING}
+    bindings = {f"{loss.__name__} bindings": {} for loss in _LOSSES}
+    return json.loads(json.dumps(given | bindings, default=repr))
 
 
 def _bindings(loss: Callable[..., Any]) -> dict[str, Any]:

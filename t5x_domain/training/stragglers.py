@@ -28,12 +28,18 @@ class Stragglers:
     process 0 writes at a logged step what was sent at the one before.
     """
 
-    def __init__(self, records: Growing, start: int, say: Callable[[str], None]) -> None:
-        """Continues the file of a run that goes on from step `start`; `say` shows a line."""
-        self._peers, self._say = peers(), say
+    def __init__(
+        self,
+        records: Growing,
+        start: int,
+        say: Callable[[str], None],
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """Continues the file of a run that goes on from step `start`; `say` shows a line; `clock` tells seconds."""
+        self._peers, self._say, self._clock = peers(), say, clock
         self._times: list[tuple[float, float, float]] = []  # (step, data, devices), seconds
         self._data = self._device = 0.0
-        self._began = time.perf_counter()
+        self._began = clock()
         self._reported: int | None = None
         self._lines = None
         if self._peers and is_first():
@@ -43,24 +49,24 @@ class Stragglers:
         """The same batches, and the time until each comes; a step begins when the loop asks for its batch."""
         batches = iter(batches)
         while True:
-            self._began = time.perf_counter()
+            self._began = self._clock()
             try:
                 batch = next(batches)
             except StopIteration:
                 return
-            self._data, self._device = time.perf_counter() - self._began, 0.0
+            self._data, self._device = self._clock() - self._began, 0.0
             yield batch
 
     @contextlib.contextmanager
     def waiting_for_device(self) -> Iterator[None]:
         """Around what waits for the devices."""
-        began = time.perf_counter()
+        began = self._clock()
         yield
-        self._device += time.perf_counter() - began
+        self._device += self._clock() - began
 
     def step(self) -> None:
         """Ends a step; evaluations and checkpoints come after."""
-        self._times.append((time.perf_counter() - self._began, self._data, self._device))
+        self._times.append((self._clock() - self._began, self._data, self._device))
 
     def report(self, step: int) -> None:
         """Sends this process's times since the last report, and in process 0 writes those that were sent then."""
@@ -107,23 +113,25 @@ def summary(times: list[tuple[float, float, float]]) -> dict[str, Any]:
 
 def slow(hosts: list[Mapping[str, Any]]) -> list[str]:
     """A sentence about every process that keeps the others waiting: busy longer than they, and for long enough."""
+    if len(hosts) < 2:
+        return []
     lines = []
-    for host in hosts:
-        others = [other for other in hosts if other is not host]
-        usual = (
-            {part: float(np.median([other[part] for other in others])) for part in ("busy", "data")} if others else {}
-        )
-        if (
-            not others
-            or host["steps"] < _ENOUGH
-            or host["busy"] < _SLOWER * usual["busy"]
-            or host["busy"] - usual["busy"] < _SHARE * host["p50"]
-        ):
+    usual = (medians_of_others(np.array([host[part] for host in hosts])) for part in ("busy", "data"))
+    for host, busy, data in zip(hosts, *usual, strict=True):
+        extra = host["busy"] - busy
+        if host["steps"] < _ENOUGH or host["busy"] < _SLOWER * busy or extra < _SHARE * host["p50"]:
             continue
-        extra = host["busy"] - usual["busy"]
-        cause = "waiting for data" if host["data"] - usual["data"] > extra / 2 else "not waiting for data"
+        cause = "waiting for data" if host["data"] - data > extra / 2 else "not waiting for data"
         lines.append(
-            f"{host['host']} keeps the others waiting: busy {host['busy']:.3g} s a step against {usual['busy']:.3g} s, "
-            f"{cause} ({host['data']:.3g} s against {usual['data']:.3g} s)"
+            f"{host['host']} keeps the others waiting: busy {host['busy']:.3g} s a step against {busy:.3g} s, "
+            f"{cause} ({host['data']:.3g} s against {data:.3g} s)"
         )
     return lines
+
+
+def medians_of_others(values: np.ndarray) -> np.ndarray:
+    """[n]: the median of all of `values` [n] but this one, n > 1; sorted once, since a run may have thousands."""
+    order = np.argsort(values)
+    ranks = np.argsort(order)
+    middle = np.array([[(len(values) - 2) // 2], [(len(values) - 1) // 2]])  # of the others, in their order
+    return values[order][middle + (middle >= ranks)].mean(axis=0)

@@ -15,7 +15,7 @@ from t5x_domain.training.feed import Feed
 from t5x_domain.training.goodput import Ledger
 from t5x_domain.training.meter import Meter
 from t5x_domain.training.metrics import MetricsWriter, Progress, Silent
-from t5x_domain.training.profiling import Profiler
+from t5x_domain.training.profiling import Profiler, TraceRequest
 from t5x_domain.training.run import Run
 from t5x_domain.training.step_clock import StepClock
 from t5x_domain.training.stragglers import Stragglers
@@ -37,6 +37,7 @@ class Watch:
         schedule: optax.Schedule,
         records: Growing,
         ledger: Ledger,
+        trace_request: TraceRequest,
         start: int,
         *,
         begins: bool,
@@ -58,20 +59,18 @@ class Watch:
             self._stragglers = opens(Stragglers(records, start, self.say))
             self._step_clock = opens(StepClock(ledger))
             profiles = records.local / "profile"
-            self._profiler = opens(Profiler(profiles, run.profile_steps, self._step_clock, self.say))
+            self._profiler = opens(Profiler(profiles, run.profile_steps, trace_request, self._step_clock, self.say))
             last_logged = first_does(lambda: self._writer.last_logged)
             self._meter = Meter(run, feed, schedule, last_logged, start, ledger=ledger, step_clock=self._step_clock)
             self._opened = opened.pop_all()
 
     def close(self) -> None:
-        """Closes what is open, the last first."""
+        """Closes what is open, the last first. The run has then only to wait until its checkpoint is whole."""
+        self._ledger.enter("checkpoint")
         self._opened.close()
 
     def batches(self, batches: Iterable[Numbered]) -> Iterator[Numbered]:
         """The same batches; a phase that begins is announced."""
-        self._opened.callback(
-            self._ledger.enter, "checkpoint"
-        )  # the last thing to be done is to wait until it is complete
         self._ledger.enter("step")
         phases = self._feed.batches
         for step, batch, raw_tokens in self._stragglers.of_data(self._step_clock.timed(batches)):
@@ -123,7 +122,7 @@ class Watch:
     @contextlib.contextmanager
     def saving(self, step: int) -> Iterator[None]:
         """Around the saving of a checkpoint, which must not know more than the run's files."""
-        self._writer.publish()
         with self._step_clock.pause("checkpoint"):
+            self._writer.publish()
             self._ledger.record(step)
             yield

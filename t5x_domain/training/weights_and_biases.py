@@ -31,7 +31,7 @@ class WeightsAndBiases:
             ) from error
         record = records.home / "wandb.json"
         if not record.exists():
-            write_atomically(record, json.dumps({"project": project, "id": secrets.token_hex(4)}).encode())
+            write_atomically(record, json.dumps({"id": secrets.token_hex(4)}).encode())
         identity = json.loads(record.read_text(encoding="utf-8"))
         try:
             self._run = wandb.init(

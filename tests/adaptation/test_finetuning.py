@@ -90,8 +90,7 @@ class Notice:
     def __init__(self, after):
         self.left = after
 
-    @property
-    def given(self):
+    def poll(self):
         self.left -= 1
         return self.left <= 0
 

@@ -1,4 +1,10 @@
 import concurrent.futures
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -194,10 +200,23 @@ def test_resumes_where_it_stopped(packing):
 def test_worker_processes_give_the_same_batches_in_order():
     batches = make()
     steps = []
-    for step, batch, _ in iterate(batches, 2, stop_step=7, num_workers=2):
+    for step, batch, _ in iterate(batches, 2, stop_step=12, num_workers=2, prefetch=1):
         steps.append(step)
+        for worker in multiprocessing.active_children() if len(steps) > 1 else ():  # both have begun
+            os.kill(worker.pid, signal.SIGTERM)  # as launchers tell all processes of a job
         assert_equal(batch, batches[step])
-    assert steps == [2, 3, 4, 5, 6]
+    assert steps == list(range(2, 12))
+
+
+def test_worker_processes_end_with_a_process_that_is_killed():
+    """What waits for its output waits for all that could still write some."""
+    script = "from test_loader import *; left = iterate(make(), num_workers=1); next(left); os.kill(os.getpid(), 9)"
+    here = Path(__file__).parent
+    environment = {**os.environ, "PYTHONPATH": str(here.parents[1])}
+    result = subprocess.run(
+        [sys.executable, "-c", script], cwd=here, env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert result.returncode == -signal.SIGKILL, result.stderr
 
 
 def test_iterate_ends_with_the_epochs_or_never():

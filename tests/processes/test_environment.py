@@ -1,6 +1,7 @@
 """How a process learns from its environment that there are others."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -109,10 +110,28 @@ def test_a_process_that_waits_for_others_in_vain_says_so(describe, before):
     assert "the processes of this run did not all come together within 1 s" in result.stderr
 
 
+def test_a_process_0_that_aborts_later_is_not_said_to_have_waited_in_vain(describe):
+    """Its end is its own: a status that has it started again would do so for ever."""
+    aborts = (
+        "import os, jax; from t5x_domain.parallel import processes; processes.Peers = lambda *_: None;"
+        "jax.distributed.initialize = lambda **_: None; processes.start(); os.abort()"
+    )
+    describe(ALL | {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_PROCESS_ID": "0"})
+    result = subprocess.run([sys.executable, "-c", aborts], cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    assert (result.returncode, "come together" in result.stderr) == (-signal.SIGABRT, False), result.stderr
+
+
 def test_a_heartbeat_below_a_second_is_refused(describe):
     describe(ALL)
     with pytest.raises(UserError, match="--heartbeat_seconds=0.5: it must be at least 1"):
         processes.start(0.5)
+
+
+def test_processes_that_only_jax_has_found_are_refused(monkeypatch):
+    processes.require_joined()
+    monkeypatch.setattr("jax.process_count", lambda: 4)
+    with pytest.raises(UserError, match="JAX has found 4 processes, .*; set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROC"):
+        processes.require_joined()
 
 
 def test_verbs_of_one_process_refuse_several(describe, capsys):

@@ -161,6 +161,7 @@ def test_lost_process_0_ends_the_others_at_once(disturbed):
 
 def test_a_restart_loses_only_steps_since_the_last_checkpoint(workspace, disturbed):
     """Saving goes on beside the next steps, so it is the checkpoint before the last that is certain to be whole."""
+    assert not list((workspace / "disturbed").glob(".*"))  # nor is anything left that only the start needed
     begins = [min(kept_batches(workspace / f"batches_{number}")) - 1 for number in range(4)]
     assert begins == [0, *(ended.saved for ended in disturbed)]
     assert all(ended.saved > ended.logged - 2 * CHECKPOINT_EVERY for ended in disturbed)

@@ -1,11 +1,13 @@
 """Wall time by cause, told by a clock that the test winds."""
 
+import errno
 import json
 import threading
 
 import jax
 import pytest
 
+from t5x_domain.errors import UserError
 from t5x_domain.files import Growing
 from t5x_domain.training.goodput import CAUSES, Ledger
 from t5x_domain.training.metrics import read_json_lines
@@ -191,6 +193,19 @@ def test_the_summary_is_not_written_at_every_step(tmp_path, clock):
     assert summary(tmp_path)["seconds"]["step"] == 2
     train(ledger, clock, 5, first=12)
     assert summary(tmp_path)["seconds"]["step"] == 32
+
+
+def test_what_cannot_be_written_is_said_unless_something_worse_is(tmp_path, clock, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("t5x_domain.training.goodput.write_atomically", full)
+    for before, said in ((None, "goodput.json: No space left on device; make room"), ("not finite", "not finite")):
+        with pytest.raises(UserError, match=said), Ledger(clock.now, clock) as ledger:
+            ledger.open(Growing(tmp_path), 0, 100)
+            ledger._write({"step": 0, "seconds": {}})
+            if before:
+                raise UserError(before)
 
 
 def test_only_the_first_process_writes(tmp_path, clock, monkeypatch):

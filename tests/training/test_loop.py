@@ -79,12 +79,12 @@ def environment():
 
 
 def start(folder, run_dir, *flags):
+    return popen(command("train", folder, f"--run_dir={run_dir}", *flags))
+
+
+def popen(arguments, **more):
     return subprocess.Popen(
-        command("train", folder, f"--run_dir={run_dir}", *flags),
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
+        arguments, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more
     )
 
 
@@ -207,11 +207,28 @@ def test_resumes_at_the_edge_of_a_phase(workspace, undisturbed):
     assert (run_dir / "phases.json").read_bytes() == (undisturbed / "phases.json").read_bytes()
 
 
+# The train verb that gets both signals once more when there is nothing to do but to wait until the checkpoint is whole.
+IMPATIENT = """
+import os, signal
+from t5x_domain import train
+from t5x_domain.training.checkpoint import Checkpoints
+plain = Checkpoints.close
+def close(self):
+    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGUSR1)
+    plain(self)
+Checkpoints.close = close
+train.main()
+"""
+
+
 def test_sigterm_saves_and_exits_with_its_own_code(workspace, undisturbed):
+    """Sent to the process and to all that it has started, as a terminal and some launchers do."""
     run_dir = workspace / "stopped"
-    process = start(workspace, run_dir)
+    flags = command("train", workspace, f"--run_dir={run_dir}", "--gin.Run.data_workers=1")[3:]
+    process = popen([sys.executable, "-c", IMPATIENT, *flags], start_new_session=True)
     wait_for(lambda: len(whole_lines(run_dir)) >= 4, process)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 75, err
     steps = len(whole_lines(run_dir))
@@ -242,13 +259,18 @@ def test_a_full_disk_ends_the_run_and_loses_nothing(workspace, undisturbed):
 
 
 def test_a_finished_run_is_left_as_it_is(workspace, undisturbed):
-    """Also where the model is computed in another way: a run may go on on other machines."""
-    before = logged(undisturbed)
+    """Also where the model is computed in another way, on other machines, or by a program that knows more settings."""
+    before, record = logged(undisturbed), undisturbed / "run.json"
+    identity = json.loads(record.read_text())
+    later = {"Run.init_longer", "ModelConfig.norm", *(key for key in identity if "digest" in key)}
+    earlier = {key: value for key, value in identity.items() if key not in later}
+    record.write_text(json.dumps(earlier))
     elsewhere = ["--gin.ModelConfig.remat='full'", "--gin.ModelConfig.attention_backend='xla'"]
     status, out, err = finish(workspace, undisturbed, *elsewhere)
     assert status == 0, err
     assert f"from step {STEPS}" in out
     assert logged(undisturbed) == before
+    assert json.loads(record.read_text()).keys() == identity.keys()
 
 
 def test_what_a_run_leaves(undisturbed):

@@ -1,8 +1,11 @@
 import math
 from types import SimpleNamespace
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 
 from t5x_domain.models.assemblies import EncoderDecoder
 from t5x_domain.models.flops import train_step_flops
@@ -109,3 +112,15 @@ def test_what_depends_on_the_machine_is_listed(bench):
     assert {k: first[k] for k in first if k not in meter.MACHINE_KEYS} == {
         k: again[k] for k in again if k not in meter.MACHINE_KEYS
     }
+
+
+def test_tokens_of_many_processes_are_counted_beyond_32_bits(monkeypatch):
+    """What JAX sends has 32 bits: four processes read two shares, each twice."""
+
+    def gather(values):
+        return np.stack([np.asarray(jnp.asarray(values))] * 4)
+
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    monkeypatch.setattr(multihost_utils, "process_allgather", gather)
+    counts = {"phase 1": {"law": 3 * 2**31 + 1, "medicine": 7}}
+    assert meter._over_hosts(counts, 2) == {"phase 1": {"law": 2 * (3 * 2**31 + 1), "medicine": 14}}

@@ -1,3 +1,4 @@
+import contextlib
 import os
 import signal
 import threading
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from t5x_domain.training.goodput import Ledger
-from t5x_domain.training.profiling import Profiler
+from t5x_domain.training.profiling import Profiler, TraceRequest
 from t5x_domain.training.step_clock import StepClock
 
 
@@ -42,15 +43,14 @@ def clock():
 @pytest.fixture
 def make(tmp_path, clock):
     """Profilers that are closed in the end."""
-    made = []
+    with contextlib.ExitStack() as closing:
 
-    def make(steps):
-        made.append(Profiler(tmp_path, steps, clock, lambda text: None))
-        return made[-1]
+        def make(steps):
+            request = closing.enter_context(contextlib.closing(TraceRequest()))
+            profiler = Profiler(tmp_path, steps, request, clock, lambda text: None)
+            return closing.enter_context(contextlib.closing(profiler))
 
-    yield make
-    for profiler in made:
-        profiler.close()
+        yield make
 
 
 def test_the_updates_asked_for_are_traced_and_no_others(traced, make, tmp_path):
@@ -82,9 +82,9 @@ def test_a_trace_is_written_even_if_the_run_ends_within(traced, make):
     assert traced.calls[-1] == ("stop", 1)
 
 
-def test_afterwards_the_signal_means_what_it_meant_before(make):
+def test_afterwards_the_signal_means_what_it_meant_before():
     before = signal.getsignal(signal.SIGUSR1)
-    make(None).close()
+    TraceRequest().close()
     assert signal.getsignal(signal.SIGUSR1) == before
 
 

@@ -1,11 +1,11 @@
 """Who keeps the others waiting, from made-up times."""
 
-import time
-
+import numpy as np
 import pytest
 
 from t5x_domain.files import Growing
-from t5x_domain.training.stragglers import Stragglers, slow, summary
+from t5x_domain.training.stragglers import Stragglers, medians_of_others, slow, summary
+from tests.training.test_goodput import Clock
 
 
 def host(name, *, busy=0.1, data=0.05, step=1.0, steps=10):
@@ -34,6 +34,14 @@ def test_nobody_is_named_without_reason(hosts):
     assert slow(hosts) == []
 
 
+@pytest.mark.parametrize("count", range(2, 8))
+def test_medians_of_others(count):
+    """Against the median of what is left without each, with equal ones among them."""
+    values = np.random.default_rng(count).integers(0, 4, count).astype(float)
+    expected = [np.median(np.delete(values, index)) for index in range(count)]
+    np.testing.assert_array_equal(medians_of_others(values), expected)
+
+
 def test_percentiles():
     """Of 1 … 10 s: the median is 5.5; the 90th percentile lies at 0.9 x 9 steps from the first, 9.1."""
     line = summary([(float(step), 0.5, step - 0.75) for step in range(1, 11)])
@@ -44,23 +52,21 @@ def test_percentiles():
 
 def test_time_is_told_apart(tmp_path):
     """Waiting for data, for devices, and the rest; what comes after a step is not its time."""
-    stragglers = Stragglers(Growing(tmp_path), 0, print)
+    clock = Clock()
+    stragglers = Stragglers(Growing(tmp_path), 0, print, clock)
 
     def batches():
         for _ in range(2):
-            time.sleep(0.05)
+            clock.pass_(5)
             yield
 
     for _ in stragglers.of_data(batches()):
         with stragglers.waiting_for_device():
-            time.sleep(0.1)
-        time.sleep(0.02)
+            clock.pass_(10)
+        clock.pass_(2)
         stragglers.step()
-        time.sleep(0.2)
-    for step, data, device in stragglers._times:
-        assert data == pytest.approx(0.05, abs=0.03)
-        assert device == pytest.approx(0.1, abs=0.03)
-        assert 0.17 <= step < 0.3
+        clock.pass_(20)
+    assert stragglers._times == [(5 + 10 + 2, 5, 10)] * 2
     stragglers.report(2)
     assert stragglers._times == []
     stragglers.close()
