@@ -18,7 +18,7 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow" tests
 
-# What `test` leaves out: the demo's control, which learns nothing, sixteen devices, searches of meshes, and runs in s3://.
+# What `test` leaves out for want of time: tests/slow.txt.
 test-slow: setup
 	$(BIN)/python -m pytest -n 2 -m slow tests
 

@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -33,10 +34,20 @@ def _no_bindings_left_behind():
         sys.modules["gin"].clear_config()
 
 
+SLOW = frozenset((Path(__file__).parent / "slow.txt").read_text().split("\n")) - {""}
+LONGEST = ("test_demo.py", "test_loop.py", "test_processes.py", "test_generator.py", "test_finetuning.py")
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: left to `make test-slow`, so that `make test` stays under twenty minutes")
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m is looked at
 def pytest_collection_modifyitems(items):
-    """The longest tests first, so that they do not run alone at the end."""
-    items.sort(key=lambda item: item.path.name not in ("test_demo.py", "test_loop.py"))
+    """Marks what slow.txt names, all parameters of a test or one; and puts the longest files first, lest they run alone
+    at the end.
+    """
+    for item in items:
+        if not SLOW.isdisjoint((item.nodeid, item.nodeid.partition("[")[0])):
+            item.add_marker("slow")
+    items.sort(key=lambda item: item.path.name not in LONGEST)

@@ -134,7 +134,6 @@ def test_kept_answers_to_other_data_are_refused(tmp_path):
         kept.result("base/task/test-0", ["b"], lambda: ["no"])
 
 
-@pytest.mark.slow
 def test_models_of_different_vocabularies_are_compared_in_bits_per_byte(data, models, tmp_path):
     train_sentencepiece([WORDS] * 5, str(tmp_path / "own.model"), 290)
     own = write_model(tmp_path / "own", 3, vocabulary=Vocabulary(str(tmp_path / "own.model"), extra_ids=20))
@@ -145,7 +144,6 @@ def test_models_of_different_vocabularies_are_compared_in_bits_per_byte(data, mo
     assert any("different vocabularies" in note for note in verdict["notes"])
 
 
-@pytest.mark.slow
 def test_decoders_alone_write_the_documents_on(data, tmp_path):
     paths = [write_model(tmp_path / name, seed, model=DecoderOnly) for seed, name in enumerate("ab")]
     head_to_head(settings(data, tmp_path / "out", tasks=[], templates={}), *paths)

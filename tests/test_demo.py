@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 from t5x_domain import cli, demo
 from t5x_domain.evaluation.perplexity import BINARY, PERPLEXITY
@@ -84,13 +83,11 @@ def test_it_says_what_it_learned(tmp_path):
     assert scores == {corpus: summary["after"][corpus] for corpus in scores}
 
 
-@pytest.mark.slow
 def test_perplexity_falls_by_the_stated_factor(tmp_path):
     summary, _ = run_demo(tmp_path / "demo")
     assert falls(summary)["biomedical"] > FACTOR
 
 
-@pytest.mark.slow
 def test_the_control_does_not(tmp_path):
     control = tmp_path / "control.gin"
     control.write_text(CONTROL)

@@ -92,3 +92,10 @@ def test_guide_names_what_there_is(script):
     other = {"suffix", "text", "id", "first_fit", "concat_and_split", "none", "tied", "gdes"}
     for name in set(re.findall(r"`'(\w+)'`", guide)) - other:
         assert name in script["PRESETS"], name
+
+
+def test_what_is_left_to_test_slow_is_there():
+    """Else a test that was given another name would run in `make test` again."""
+    for line in (ROOT / "tests/slow.txt").read_text().splitlines():
+        file, _, name = line.partition("::")
+        assert f"def {name.partition('[')[0]}(" in (ROOT / file).read_text(), f"tests/slow.txt: {line} is not there"

@@ -129,9 +129,7 @@ def test_the_first_of_equally_good_evaluations_is_best():
     assert record == Record(best_step=1, best_score=0.4, stale=2)
 
 
-@pytest.mark.parametrize(
-    ("model", "seeds"), [(EncoderDecoder, (0,)), pytest.param(DecoderOnly, (0, 1), marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("model", "seeds"), [(EncoderDecoder, (0,)), (DecoderOnly, (0, 1))])
 def test_a_model_learns_to_write_labels(folder, tmp_path, model, seeds):
     out = tmp_path / "out"
     assert finetune(tuning(folder, out, model, steps=40, eval_every=40, seeds=seeds)) == 0
@@ -183,7 +181,6 @@ def test_an_interrupted_seed_goes_on_to_the_same_bits(folder, tmp_path, monkeypa
         np.testing.assert_array_equal(array, theirs[name], err_msg=name)
 
 
-@pytest.mark.slow
 def test_finished_seeds_stay_and_others_can_be_added(folder, tmp_path, capsys):
     first = tuning(folder, tmp_path / "out", steps=2, eval_every=2, head="task")
     assert finetune(first) == 0
@@ -214,7 +211,6 @@ def test_what_defines_a_fine_tuning_tells_warm_ups_and_steps_of_a_run_apart(fold
     assert identity(50, 7) != identity(50, 8)
 
 
-@pytest.mark.slow
 def test_early_stopping_keeps_the_best(folder, tmp_path, monkeypatch):
     """Learning at a rate of 0 never improves on the first evaluation: two more, and it is over, interrupted or not."""
     still = tuning(
@@ -237,7 +233,6 @@ def test_early_stopping_keeps_the_best(folder, tmp_path, monkeypatch):
         np.testing.assert_array_equal(array, theirs[name], err_msg=name)
 
 
-@pytest.mark.slow
 def test_the_metric_says_which_way_is_better(folder, tmp_path, monkeypatch):
     def kept(name, scores, **fields):
         said = iter([*scores, 0.0, 0.0])  # two evaluations, then what is kept is scored on both splits

@@ -118,7 +118,6 @@ def test_what_cannot_get_a_decoder():
             with_new_decoder(encoder(), layers)
 
 
-@pytest.mark.slow
 def test_from_an_encoder_to_a_summariser(tmp_path, capsys):
     """`convert` joins, `finetune` learns to write from documents longer than the windows."""
     long = encoder(num_encoder_layers=2, layer_pattern=("local",))

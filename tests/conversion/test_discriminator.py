@@ -57,10 +57,10 @@ def test_the_encoder_computes_what_the_discriminator_did(sharing):
 @pytest.mark.parametrize(
     ("sharing", "tie"),
     [
-        pytest.param("none", False, marks=pytest.mark.slow),
+        ("none", False),
         ("tied", True),
         ("gdes", False),
-        pytest.param("gdes", True, marks=pytest.mark.slow),
+        ("gdes", True),
     ],
 )
 def test_the_encoder_decoder_computes_what_the_detector_did(sharing, tie):

@@ -252,7 +252,6 @@ def trained_to_the_bit(run, monkeypatch):
     return ours
 
 
-@pytest.mark.slow
 def test_replaced_token_detection_on_eight_devices(two_corpora, monkeypatch, capsys, tmp_path):
     """Stopped after 3 of 6 steps it ends to the bit as if it was not; what it leaves is an encoder."""
     from t5x_domain.conversion.formats import open_checkpoint
@@ -297,7 +296,6 @@ def test_replaced_token_detection_on_eight_devices(two_corpora, monkeypatch, cap
     assert "| corpus | binary cross-entropy | targets guessed right |" in card and "| layers | 1 encoder |" in card
 
 
-@pytest.mark.slow
 def test_ul2_with_detection_on_eight_devices(two_corpora, monkeypatch, tmp_path):
     """Stopped after 3 of 6 steps it ends to the bit as if it was not; what it leaves is an encoder-decoder."""
     import jax

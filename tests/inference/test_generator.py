@@ -48,7 +48,7 @@ def test_greedy_equals_transformers(name):
 
 
 @pytest.mark.parametrize("name", EXPECTED["cases"])
-@pytest.mark.parametrize("number", [0, pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("number", [0, 1, 2])
 def test_beam_search_equals_transformers(name, number):
     model, prompts = opened(name)
     case = EXPECTED["cases"][name]
@@ -69,7 +69,7 @@ def test_beam_search_equals_transformers(name, number):
 
 @pytest.mark.parametrize(
     ("name", "shape"),
-    [("t5_1_1", {"data": 2, "tensor": 2}), pytest.param("gemma3", {"data": 1}, marks=pytest.mark.slow)],
+    [("t5_1_1", {"data": 2, "tensor": 2}), ("gemma3", {"data": 1})],
 )
 def test_the_tpus_kernels_write_the_same(name, shape):
     """Beams of an input, which share its memory, over a mesh; and a window."""
@@ -85,7 +85,7 @@ def test_the_tpus_kernels_write_the_same(name, shape):
         assert [list(o.tokens) for o in output] == [until_end(row, case["eos_id"]) for row in tokens]
 
 
-@pytest.mark.parametrize("name", ["t5_1_1", pytest.param("gemma3", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["t5_1_1", "gemma3"])
 def test_what_is_written_does_not_depend_on_the_batch(name):
     model, prompts = opened(name)
     for how in ({}, {"num_beams": 3}, {"temperature": 1.5, "num_outputs": 2, "seed": 3}):

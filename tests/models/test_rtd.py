@@ -70,7 +70,7 @@ def test_refusals(options, named):
         shapes(**options)
 
 
-@pytest.mark.parametrize("sharing", [pytest.param("tied", marks=pytest.mark.slow), "gdes"])
+@pytest.mark.parametrize("sharing", ["tied", "gdes"])
 def test_sharing_survives_checkpoint_and_resume_to_the_bit(tmp_path, sharing):
     """Two steps, a checkpoint and a third are three steps, with all parameters in shares on 8 devices."""
     config = dataclasses.replace(ENCODER, rtd_embedding_sharing=sharing, rtd_generator_width=0.5, dropout_rate=0.1)

@@ -94,9 +94,7 @@ def test_scanned_equals_unrolled(shape):
     assert_same(value_and_gradients(scanned), value_and_gradients(with_params(unrolled, params)))
 
 
-@pytest.mark.parametrize(
-    "remat, scan_layers", [("minimal", True), pytest.param("full", True, marks=pytest.mark.slow), ("full", False)]
-)
+@pytest.mark.parametrize("remat, scan_layers", [("minimal", True), ("full", True), ("full", False)])
 def test_rematerialised_equals_plain(remat, scan_layers):
     options = {"layer_pattern": ("local", "global"), "scan_layers": scan_layers, "dropout_rate": 0.3}
     rng = {"rng": jax.random.key(5)}
@@ -110,7 +108,7 @@ def assert_same(expected, actual):
         np.testing.assert_allclose(actual[1][path], gradient, rtol=1e-9, atol=1e-12, err_msg=str(path))
 
 
-@pytest.mark.parametrize("scan_layers", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("scan_layers", [True, False])
 def test_rematerialisation_saves_memory(scan_layers):
     """Without it every one of 8 layers keeps at least its two mlp branches, 2 x 64 x 512 x 8 bytes each."""
 

@@ -150,7 +150,7 @@ def made(**options):
     return plan, params
 
 
-@pytest.mark.parametrize("tie", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize("tie", [False, True])
 def test_where_each_loss_reaches(tie):
     """With 'gdes' the shared table learns from the generator's loss alone, the difference from all others."""
     plan, params = made(rtd_embedding_sharing="gdes", tie_embeddings=tie, scale_logits=tie)
@@ -222,7 +222,6 @@ def exact():
         yield config, params, loss_and_gradients(plan, LIKELIEST, params, rows_of())
 
 
-@pytest.mark.slow
 def test_accumulation_equals_the_large_batch(exact):
     """The parts have other numbers of targets and of tokens of text."""
     config, params, wanted = exact

@@ -7,8 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 TESTS = Path(__file__).parent.parent
 EVERY_AXIS = {"slice": 2, "data": 1, "fsdp": 2, "sequence": 2, "tensor": 2}
 CASES = [
@@ -21,7 +19,6 @@ CASES = [
 ]
 
 
-@pytest.mark.slow
 def test_loss_and_gradients_equal_those_of_one_device():
     environment = os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=16")}
     environment["PYTHONPATH"] = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])

@@ -45,7 +45,6 @@ def call(tmp_path, monkeypatch):
     return call
 
 
-@pytest.mark.slow
 def test_a_search_compiles_and_ranks_what_fits(call, capsys):
     """One head cannot be shared, so there are three meshes; two may be compiled, and nothing bounds their time."""
     status, written = call("--search", "--search_limit=2", "--remats=none")
@@ -59,7 +58,6 @@ def test_a_search_compiles_and_ranks_what_fits(call, capsys):
     assert "the first: --gin.MeshShape.slice=1 --gin.MeshShape.data=2 --gin.MeshShape.fsdp=2" in told
 
 
-@pytest.mark.slow
 def test_a_run_that_does_not_fit_is_changed_until_it_does(call, capsys):
     too_much = made_up.memory(state=1, temporaries=30)
     plans = [made_up.plan(too_much), made_up.plan(remat="minimal")]

@@ -75,7 +75,6 @@ def written(run_dir):
     return timeless, read_json_lines(folder / "evaluations.jsonl"), scores, (folder / "phases.json").read_text()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("proxy", ["gs", "s3"], indirect=True)
 def test_interrupted_and_resumed_among_faults_it_ends_like_one_on_this_machine(
     prepared, bucket, proxy, tmp_path, capsys
@@ -97,7 +96,6 @@ def test_interrupted_and_resumed_among_faults_it_ends_like_one_on_this_machine(
     assert f"{bucket}/run belongs to a run of another configuration: Run.seed was 0, is 1" in capsys.readouterr().err
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("proxy", ["s3"], indirect=True)  # in gs:// Orbax sees to it itself
 def test_a_checkpoint_that_is_not_whole_is_none(prepared, bucket, proxy):
     """Its arrays are there, its last object is not: what a process leaves that is killed while it writes."""

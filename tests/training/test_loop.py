@@ -305,7 +305,6 @@ def test_init_from_takes_the_parameters_and_starts_at_step_0(workspace, undistur
     assert first["corpora"] == lines(undisturbed / "evaluations.jsonl")[-1]["corpora"]
 
 
-@pytest.mark.slow
 def test_the_trained_model_is_left_for_hugging_face(workspace):
     from t5x_domain.conversion.formats import open_checkpoint
 
