@@ -113,12 +113,20 @@ class Topology:
     def memory_limit(self) -> float | None:
         """Bytes of a device that a program may use; None if that is not known.
 
-        JAX takes XLA_PYTHON_CLIENT_MEM_FRACTION of a GPU's memory, by default three quarters, and no more.
+        JAX takes XLA_CLIENT_MEM_FRACTION of a GPU's memory, by default three quarters, and no more.
+
+        Raises:
+          UserError: that variable is no number.
         """
         if self.chip is None:
             return None
-        share = float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", 0.75)) if self.platform == "cuda" else 1.0
-        return share * self.chip.hbm_bytes
+        if self.platform != "cuda":
+            return self.chip.hbm_bytes
+        share = os.environ.get("XLA_CLIENT_MEM_FRACTION", "0.75")
+        try:
+            return float(share) * self.chip.hbm_bytes
+        except ValueError as error:
+            raise UserError(f"XLA_CLIENT_MEM_FRACTION={share}: is the share of a GPU's memory, like .92.") from error
 
     @property
     def environment(self) -> dict[str, str]:
