@@ -62,13 +62,15 @@ def collectives(module: Module, num_devices: int, slices: int = 1) -> list[Colle
 def _issued(module: Module, num_devices: int, slices: int) -> list[tuple[str, float, int, int, int]]:
     """(kind, bytes of the whole array, group, slices that the group spans, times) of each collective.
 
-    One that is spread over several fusions, so that others run meanwhile, keeps its channel in all of them, and so does
-    one that the compiler has taken out of a loop's first or last turn: what runs equally often is one and the same. The
-    reduce-scatter and the all-gather around what crosses slices share a channel, too, but are two.
+    One that is spread over several fusions, so that others run meanwhile, keeps its channel in all of them: of those,
+    what runs equally often is one and the same. Outside of fusions each is one, although copies that the compiler has
+    made of a loop's turn share a channel, as do the reduce-scatter and the all-gather around what crosses slices.
     """
+    fused = {name for line, _, _ in module.running() if line.opcode == "fusion" for name in line.called}
     found: dict[tuple[str, tuple[str, float, int, int]], set[int]] = {}
     for instruction, computation, times in module.running():
-        channel = instruction.attribute(r"channel_id=(\d+)") or instruction.name
+        channel = instruction.attribute(r"channel_id=(\d+)") if computation in fused else None
+        channel = channel or instruction.name
         if (one := _between_slices(instruction, slices)) is None:
             one = _within(instruction, computation, num_devices, slices)
         if one is not None:

@@ -129,12 +129,24 @@ def test_what_libtpu_hands_to_the_hosts_goes_between_slices():
     assert one == Collective("all-reduce", "dcn", 2, 1, 2 * 8192 / 2)
 
 
+GATHER = "all-gather(%x), channel_id=7, replica_groups=[2,4]<=[8]"
+
+
 def test_pieces_of_one_collective_are_one():
     """Two fusions that other work runs between share a channel."""
-    gather = "all-gather(%x), channel_id=7, replica_groups=[2,4]<=[8]"
-    body = f"  %a.1 = f32[256]{{0}} {gather}\n  ROOT %b.1 = f32[256]{{0}} {gather}\n"
-    (one,) = collectives(Module.of(f"ENTRY %main (x: f32[64]) -> f32[256] {{\n{body}}}\n"), 8)
+    fused = "".join(
+        f"%fused_{n} (x: f32[64]) -> f32[256] {{\n  ROOT %g.{n} = f32[256]{{0}} {GATHER}\n}}\n" for n in (1, 2)
+    )
+    body = "".join(f"  %f.{n} = f32[256]{{0}} fusion(%x), kind=kCustom, calls=%fused_{n}\n" for n in (1, 2))
+    (one,) = collectives(Module.of(f"{fused}ENTRY %main (x: f32[64]) -> f32[256] {{\n{body}}}\n"), 8)
     assert one.count == 1
+
+
+def test_copies_of_a_turn_are_each_one():
+    """Unrolled layers keep the channel of the loop's body."""
+    body = f"  %a.1 = f32[256]{{0}} {GATHER}\n  ROOT %b.1 = f32[256]{{0}} {GATHER}\n"
+    (one,) = collectives(Module.of(f"ENTRY %main (x: f32[64]) -> f32[256] {{\n{body}}}\n"), 8)
+    assert (one.count, one.bytes) == (2, 2 * 768)
 
 
 def test_two_of_one_channel_are_two():
