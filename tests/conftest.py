@@ -35,7 +35,7 @@ def _no_bindings_left_behind():
 
 
 SLOW = frozenset((Path(__file__).parent / "slow.txt").read_text().split("\n")) - {""}
-LONGEST = ("test_demo.py", "test_loop.py", "test_processes.py", "test_generator.py", "test_finetuning.py")
+LONGEST = ("test_demo.py", "test_loop.py", "test_generator.py", "test_finetuning.py")
 
 
 def pytest_configure(config):
