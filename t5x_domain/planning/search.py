@@ -53,7 +53,15 @@ def meshes(
       config: whose heads and widths are to divide.
       sequence: shares of a row's tokens.
       longest_tensor: shares of a matrix product at most; more would leave a device too small a part.
+
+    Raises:
+      UserError: a slice's devices cannot share rows' tokens so.
     """
+    if sequence < 1 or num_devices // slices % sequence:
+        raise UserError(
+            f"MeshShape.sequence = {sequence}: --search keeps it; set a positive one that divides the "
+            f"{num_devices // slices:,} devices of a slice."
+        )
     inner = num_devices // slices // sequence
     divided = (config.num_heads, config.kv_heads, config.mlp_dim, config.vocab_size)
     for tensor in _divisors(min(inner, longest_tensor)):

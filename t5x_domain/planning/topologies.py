@@ -113,7 +113,8 @@ class Topology:
     def memory_limit(self) -> float | None:
         """Bytes of a device that a program may use; None if that is not known.
 
-        JAX takes XLA_CLIENT_MEM_FRACTION of a GPU's memory, by default three quarters, and no more.
+        JAX takes XLA_CLIENT_MEM_FRACTION of a GPU's memory (XLA_PYTHON_CLIENT_MEM_FRACTION by its older name), by
+        default three quarters, and no more.
 
         Raises:
           UserError: that variable is no number.
@@ -122,11 +123,12 @@ class Topology:
             return None
         if self.platform != "cuda":
             return self.chip.hbm_bytes
-        share = os.environ.get("XLA_CLIENT_MEM_FRACTION", "0.75")
+        names = "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"
+        name = next((name for name in names if os.environ.get(name)), None)
         try:
-            return float(share) * self.chip.hbm_bytes
+            return (float(os.environ[name]) if name else 0.75) * self.chip.hbm_bytes
         except ValueError as error:
-            raise UserError(f"XLA_CLIENT_MEM_FRACTION={share}: is the share of a GPU's memory, like .92.") from error
+            raise UserError(f"{name}={os.environ[name]}: is the share of a GPU's memory, like .92.") from error
 
     @property
     def environment(self) -> dict[str, str]:

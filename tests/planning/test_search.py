@@ -28,6 +28,12 @@ def test_meshes_share_evenly_and_use_all_devices():
     assert halves[0] == MeshShape(slice=2, data=8, sequence=2)
 
 
+@pytest.mark.parametrize("sequence", [-1, 0, 3])
+def test_a_row_is_shared_evenly_among_a_slices_devices(sequence):
+    with pytest.raises(UserError, match=f"MeshShape.sequence = {sequence}: --search keeps it.* the 16 devices"):
+        next(meshes(32, 2, CONFIG, sequence=sequence))
+
+
 def test_widths_that_do_not_divide_are_left_out():
     config = dataclasses.replace(CONFIG, embed_dim=48, num_heads=6, vocab_size=510)
     assert {mesh.tensor for mesh in meshes(24, 1, config)} == {1, 2}  # 3 and 6 divide the heads, but not the width 128

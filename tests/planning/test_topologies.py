@@ -50,7 +50,10 @@ def test_a_node_has_eight_gpus():
 
 def test_of_a_gpu_jax_takes_a_share(monkeypatch):
     monkeypatch.delenv("XLA_CLIENT_MEM_FRACTION", raising=False)
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
     assert Topology.of("h200:8").memory_limit == 0.75 * CHIPS["h200"].hbm_bytes
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", ".5")  # as JAX called it
+    assert Topology.of("h200:8").memory_limit == 0.5 * CHIPS["h200"].hbm_bytes
     monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", ".92")
     assert Topology.of("h200:8").memory_limit == 0.92 * CHIPS["h200"].hbm_bytes
     assert Topology.of("v5e:4x4").memory_limit == CHIPS["v5e"].hbm_bytes
