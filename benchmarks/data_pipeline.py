@@ -28,8 +28,9 @@ from common import environment
 
 from t5x_domain.data.cache import TokenCache
 from t5x_domain.data.curriculum import Phase
-from t5x_domain.data.loader import Batches, iterate
+from t5x_domain.data.loader import Batches
 from t5x_domain.data.packing import EncoderDecoder
+from t5x_domain.data.prefetch import iterate
 from t5x_domain.data.preparation import prepare
 from t5x_domain.data.sources import JsonlSource
 from t5x_domain.data.tasks import Component, Corpus, Mixture

@@ -13,7 +13,8 @@ from t5x_domain.data import packing
 from t5x_domain.data.cache import CachedSplit, TokenCache
 from t5x_domain.data.curriculum import Curriculum, shares_seen
 from t5x_domain.data.lanes import Lanes
-from t5x_domain.data.loader import Batches, iterate
+from t5x_domain.data.loader import Batches
+from t5x_domain.data.prefetch import iterate
 from t5x_domain.data.tasks import AS_TRAINED, Component, Corpus, Mixture
 from t5x_domain.errors import UserError
 from t5x_domain.evaluation.perplexity import held_out_scores

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from memory import assert_equal, skewed_split
 
 from t5x_domain.data.curriculum import Curriculum, Phase, learning_rate, shares_seen
-from t5x_domain.data.loader import Batches, iterate
+from t5x_domain.data.loader import Batches
 from t5x_domain.data.mixtures import mixture_of_denoisers
 from t5x_domain.data.packing import DecoderOnly, EncoderDecoder
+from t5x_domain.data.prefetch import iterate
 from t5x_domain.data.sampling import ExampleRandom
 from t5x_domain.data.sources import JsonlSource
 from t5x_domain.data.tasks import Component, Corpus, Mixture

@@ -8,8 +8,9 @@ from memory import assert_equal, skewed_split
 
 from t5x_domain.data.curriculum import Curriculum, Phase
 from t5x_domain.data.lanes import Lanes
-from t5x_domain.data.loader import Batches, iterate
+from t5x_domain.data.loader import Batches
 from t5x_domain.data.packing import EncoderDecoder
+from t5x_domain.data.prefetch import iterate
 from t5x_domain.data.sources import JsonlSource
 from t5x_domain.data.tasks import Component, Corpus, Mixture
 from t5x_domain.data.vocabulary import ByteVocabulary

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from memory import MemorySplit, assert_equal, skewed_split
 
-from t5x_domain.data.loader import Batches, iterate
+from t5x_domain.data.loader import Batches
 from t5x_domain.data.packing import DecoderOnly, EncoderDecoder
+from t5x_domain.data.prefetch import iterate
 from t5x_domain.data.sources import JsonlSource
 from t5x_domain.data.tasks import Component, Corpus, Mixture
 from t5x_domain.data.vocabulary import ByteVocabulary
