@@ -20,7 +20,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from common import RESULTS, environment, train_step_flops
+from common import RESULTS, environment
 
 from t5x_domain import cli
 
@@ -137,12 +137,13 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         configure(folder, flags.steps)
         from t5x_domain.data.preparation import prepare
+        from t5x_domain.models.flops import train_step_flops
         from t5x_domain.training.run import Run
 
         cli.build(prepare)
         run = cli.build(Run)
         bare = BareStep(run)
-        flops = train_step_flops(run.config, BATCH_SIZE, **LENGTHS)
+        flops = train_step_flops(run.model, run.config, BATCH_SIZE, LENGTHS)
         rounds = []
         for _ in range(flags.rounds):
             figures = {"matmul_flops_per_second": matmul_rate(), "bare_seconds": seconds_each(bare, flags.steps)}

@@ -8,9 +8,6 @@ from pathlib import Path
 import jax.numpy as jnp
 from study import SPLITS
 
-# isort: split
-from common import train_step_flops  # study makes it findable
-
 from t5x_domain.adaptation.finetune_config import FineTuning
 from t5x_domain.data.curriculum import Phase
 from t5x_domain.data.labelled import LabelledTask
@@ -20,6 +17,7 @@ from t5x_domain.data.tasks import Corpus
 from t5x_domain.data.vocabulary import Vocabulary
 from t5x_domain.models.assemblies import EncoderOnly
 from t5x_domain.models.config import ModelConfig
+from t5x_domain.models.flops import forward_flops, train_step_flops
 from t5x_domain.models.rtd import ReplacedTokenDetection, generator_config
 from t5x_domain.objectives.losses import target_scores
 from t5x_domain.objectives.masked_lm import MaskedLM
@@ -170,14 +168,14 @@ class Study:
         return round(self.setting.steps * self.step_flops("rtd_tied") / self.step_flops(arm))
 
     def step_flops(self, arm):
-        """Of forward and backward pass by formula, as `common.train_step_flops` counts."""
-        config, rows, length = self.config(arm), self.setting.rows, self.setting.length
+        """Of forward and backward pass by formula."""
+        config, rows = self.config(arm), self.setting.rows
+        lengths = {"inputs": self.setting.length, "targets": self.setting.length}
         if arm == "mlm":
-            return masked_lm_flops(config, rows, length)
-        generator, predictions = generator_config(config), rows * math.ceil(MAX_SHARE * length)
-        sampling = 2 * predictions * generator.embed_dim * generator.vocab_size  # the logits once more, forward only
-        head = 6 * rows * length * config.embed_dim * (config.embed_dim + 1)
-        return masked_lm_flops(generator, rows, length) + sampling + encoder_flops(config, rows, length) + head
+            scored = math.ceil(MAX_SHARE * self.setting.length)
+            return 3 * rows * forward_flops(EncoderOnly, config, lengths, scored=scored) + output_kernel_flops(config)
+        generator = output_kernel_flops(generator_config(config))
+        return train_step_flops(ReplacedTokenDetection, config, rows, lengths) + generator
 
     def run(self, arm, seed):
         setting, steps = self.setting, self.steps(arm)
@@ -236,17 +234,9 @@ def updates(peak, steps, warmup):
     )
 
 
-def encoder_flops(config, rows, length):
-    """Of forward and backward pass of the layers, and of the projection of factored embeddings."""
-    projection = config.embed_dim * config.embedding_dim if config.embedding_dim else 0
-    return train_step_flops(config, rows, length, 0) + 6 * rows * length * projection
-
-
-def masked_lm_flops(config, rows, length):
-    """Of forward and backward pass with logits for MAX_SHARE of the positions."""
-    factored = config.embedding_dim or 0  # the output kernel is then a product, formed once an update
-    output = (rows * math.ceil(MAX_SHARE * length) + factored) * config.embed_dim * config.vocab_size
-    return encoder_flops(config, rows, length) + 6 * output
+def output_kernel_flops(config):
+    """Of both passes of the product of factored embeddings that gives the output kernel, once an update."""
+    return 6 * (config.embedding_dim or 0) * config.embed_dim * config.vocab_size
 
 
 def masked_lm_loss(model, batch, rng, *, num_components):

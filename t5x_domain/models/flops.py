@@ -39,7 +39,7 @@ def forward_flops(
 ) -> float:
     """FLOPs of the loss of one row; the arguments are those of `train_step_flops`.
 
-    A decoder-only model may have logits of `scored` positions only.
+    A model of one stack may have logits of `scored` positions only.
     """
     inputs, targets = lengths["inputs"], lengths.get("targets", 0)
     encoder = _embedding(config, inputs) + _stack(config, inputs, causal=False)
@@ -52,7 +52,7 @@ def forward_flops(
     elif issubclass(model, ReplacedTokenDetection):
         found = 0.0
     else:
-        found = encoder + _scores(config, inputs)
+        found = encoder + _scores(config, scored or inputs)
     if issubclass(model, Detector):  # a generator that fills in, and a pass of the encoder that detects
         narrow, chosen = generator_config(config), _predicted(model, lengths)
         found += _embedding(narrow, inputs) + _stack(narrow, inputs, causal=False) + _scores(narrow, chosen)
