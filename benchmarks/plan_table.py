@@ -37,8 +37,8 @@ class Model:
 MODELS = {
     "T5 base": Model("t5_1_1_base", 16, "minimal", 1),
     "T5 XL": Model("t5_1_1_xl", 8, "full", 64),
-    "T5 XXL": Model("t5_1_1_xxl", 4, "full", 256),
-    "UL2 20B": Model("ul2_20b", 4, "full", 256),
+    "T5 XXL": Model("t5_1_1_xxl", 4, "full", 64),
+    "UL2 20B": Model("ul2_20b", 4, "full", 64),
 }
 # Topologies of each chip and slices of each: 1,024 chips, 256 and 16.
 SIZES = {

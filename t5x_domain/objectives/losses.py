@@ -7,8 +7,8 @@ import gin
 import jax
 import jax.numpy as jnp
 
-from t5x_domain.kernels.cross_entropy import TokenScores, cross_entropy
-from t5x_domain.parallel.sharding import parts_of_rows
+from t5x_domain.kernels.cross_entropy import TokenScores
+from t5x_domain.parallel.cross_entropy import cross_entropy
 
 Batch = Mapping[str, jax.Array]
 
@@ -80,8 +80,7 @@ def target_scores(
         weights,
         logit_scale=model.logit_scale,
         softcap=model.config.final_logit_softcap,
-        # Of each device so many: over a mesh every chunk gathers the kernel and adds up its gradient.
-        chunk_tokens=_CHUNK_TOKENS * parts_of_rows(len(hidden)),
+        chunk_tokens=_CHUNK_TOKENS,
         **options,
     )
 

@@ -86,12 +86,6 @@ def process_share(mesh: Mesh) -> tuple[int, int]:
     return parts.index(tuple(sorted(rows[jax.process_index()]))), len(parts)
 
 
-def parts_of_rows(rows: int) -> int:
-    """Parts into which the mesh of `use_mesh` cuts a batch of so many rows; 1 outside."""
-    parts = 1 if _MESH.get() is None else batch_shares(_MESH.get())
-    return parts if rows % parts == 0 else 1
-
-
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     """Asks the compiler to keep activation `x` where the rules put it; does nothing outside `use_mesh`."""
     mesh = _MESH.get()
