@@ -50,12 +50,13 @@ bench: setup $(if $(FLAN_T5_SMALL),$(HF_VENV)/.ready)
 	$(if $(FLAN_T5_SMALL),$(BIN)/python benchmarks/decode.py --model $(FLAN_T5_SMALL) --torch_python $(HF_VENV)/bin/python)
 
 # What can be shown of TPUs without one: libtpu compiles for them on any machine. Attention's cost in instruction bundles
-# against tokamax's, its programs for each chip, and whole train steps. Fails where a limit is passed. A quarter of an
+# against tokamax's, its programs for each chip, whole train steps, and what fsdp sends. Fails where a limit is passed. A quarter of an
 # hour on two cores that nothing else uses, half of it the train steps.
 aot: $(TPU_VENV)/.ready
 	$(TPU_VENV)/bin/python benchmarks/tpu_static_cost.py --peer
 	$(TPU_VENV)/bin/python benchmarks/tpu_aot.py --lengths 512 8192 --head_dims 128
 	$(TPU_VENV)/bin/python benchmarks/tpu_aot.py --models
+	$(TPU_VENV)/bin/python benchmarks/tpu_fsdp.py
 
 # Train steps of T5 and UL2 compiled for up to 1,024 TPU chips: memory, traffic, bounds. Two hours on two cores that
 # nothing else uses; what the result already has is not compiled again.

@@ -13,7 +13,7 @@ def get_config():
     config.name = "xl-v6e"
     config.gin_files = ("gin/models/t5_1_1_xl.gin", "gin/mixtures/sample.gin", "gin/runs/pretrain.gin")
     config.overrides = (
-        *("TRAIN_STEPS=100000", "BATCH_SIZE=2048", "MeshShape.fsdp=256", "MeshShape.data=1"),
+        *("TRAIN_STEPS=100000", "BATCH_SIZE=2048", "MeshShape.fsdp=64", "MeshShape.data=4"),
         # Where `prepare` with the same two bindings has put them.
         *("CACHE_DIR='gs://my-bucket/sample'", "VOCABULARY_FILE='gs://my-bucket/sample/vocabulary.model'"),
     )
