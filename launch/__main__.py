@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from absl import app, flags
 from ml_collections import config_flags
@@ -30,16 +31,24 @@ def main(argv: Sequence[str]) -> None:
     if config is None:
         raise app.UsageError("--config is needed, for example --config=configs/local.py")
     try:
+        _require_file()
         check(config)
+        require_that_gin_fits(config)
         plan = _PLANS[config.target](config)
         if _DRY_RUN.value:
             print(plan.show())
         else:
-            require_that_gin_fits(config)
             sys.exit(plan.carry_out())
     except UserError as error:
         print(f"launch: error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def _require_file() -> None:
+    """Raises UserError if --config names no file: ml_collections says so with a traceback, at the first use."""
+    name = config_flags.get_config_filename(flags.FLAGS["config"])
+    if not Path(name).is_file():
+        raise UserError(f"--config={name}: there is no such file; those that are shipped are in configs/.")
 
 
 if __name__ == "__main__":

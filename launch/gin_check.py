@@ -24,7 +24,7 @@ def require_that_gin_fits(config: ConfigDict) -> None:
 
 
 def _require_mesh(config: ConfigDict, run: Run) -> None:
-    from t5x_domain.parallel.mesh import AXES, MeshShape  # with JAX, which --dry_run does without
+    from t5x_domain.parallel.mesh import AXES, MeshShape  # with JAX: seconds, after all that is quicker to say
 
     mesh = cli.build(MeshShape)
     if config.target in TPU_TARGETS and mesh.slice not in (config.slices, -1):

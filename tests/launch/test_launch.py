@@ -64,6 +64,8 @@ def test_flags_set_fields_bindings_with_quotes_among_them():
         (["--config=configs/local.py", "--config.storage="], "config.storage is empty"),
         (["--config=configs/gke_jobset.py", "--config.storage=runs"], "set it to gs://bucket/folder"),
         (["--config=configs/tpu_v5e_256.py", "--config.topology=4x4x4"], "v5e has 2 axes"),
+        (["--config=configs/tpu_v5e_256.py", "--config.topology=8x16"], "cannot be laid over the 128 devices"),
+        (["--config=configs/nothing.py"], "--config=configs/nothing.py: there is no such file"),
     ],
 )
 def test_a_users_error_is_one_sentence_and_status_2(flags, message):
