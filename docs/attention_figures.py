@@ -3,8 +3,6 @@
 # ruff: noqa: ANN201, D101, D103 -- a part of make_figures.py
 
 import itertools
-import json
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +23,7 @@ from drawing import (
     pill_width,
     text_width,
 )
+from results import result, source
 
 from t5x_domain.kernels.attention import visible_keys
 from t5x_domain.kernels.mask import Mask, SegmentIds
@@ -32,8 +31,6 @@ from t5x_domain.kernels.relative_bias import RelativeBias, diagonals, saturation
 from t5x_domain.kernels.tpu.block_map import ACTIVE, NEAR, PARTIAL, Far, block_map, read
 from t5x_domain.kernels.tpu.blocks import LANES, Blocks, chip
 from t5x_domain.kernels.tpu.skewed_bias import SkewedLayout, skew
-
-RESULTS = Path(__file__).parent.parent / "benchmarks/results"
 
 TOKENS, BLOCK, PAIR = 4096, Blocks(256, 256, 256), 12
 T5_BIAS = {True: RelativeBias(jnp.arange(32.0)[:, None], True), False: RelativeBias(jnp.arange(32.0)[:, None], False)}
@@ -259,18 +256,6 @@ def arrow(drawing, start, end):
 
 CHIPS = {"v4": "TPU v4", "v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite", "tpu7x": "TPU7x"}
 DIRECTIONS = ("forward", "backward")
-
-
-def result(name):
-    """What benchmarks/`name`.py wrote; None if there is nothing yet."""
-    path = RESULTS / f"{name}.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-
-
-def source(name, environment):
-    """Where figures come from, in a line."""
-    versions = ", ".join(f"{key} {environment[key]}" for key in ("jax", "libtpu", "tokamax") if key in environment)
-    return f"(`benchmarks/{name}.py`; {versions}, {environment['date']})"
 
 
 def bundle_table():

@@ -1,6 +1,6 @@
 """Draws the pictures of the guides and fills in their tables, from what the code does and what benchmarks printed.
 
-    python docs/make_figures.py                     writes docs/figures/*.svg, docs/objectives.md and docs/attention.md
+    python docs/make_figures.py                     writes docs/figures/*.svg, and objectives, attention and scaling.md
     python docs/make_figures.py --output=DIR        the same into DIR
 
 The objectives run on the words of a record of data/sample, and attention's block maps and tables are those of its
@@ -17,6 +17,7 @@ from typing import NamedTuple
 import attention_figures
 import curricula_figures
 import numpy as np
+import scaling_tables
 import sparse_figures
 from drawing import (
     BLUE,
@@ -409,6 +410,7 @@ def write(folder):
             "memory": attention_figures.compiled_table(),
             "blocks": attention_figures.block_table(),
         },
+        "scaling.md": {"fsdp": scaling_tables.fsdp_table(), "plans": scaling_tables.plans_table()},
     }
     guides = {name: filled_in(name, made) for name, made in tables.items()}
     (folder / "figures").mkdir(parents=True, exist_ok=True)

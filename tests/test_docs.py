@@ -12,7 +12,7 @@ from t5x_domain.kernels.relative_bias import relative_position_bucket
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-GUIDES = ("attention.md", "objectives.md")  # with pictures and tables of make_figures.py
+GUIDES = ("attention.md", "objectives.md", "scaling.md")  # with pictures and tables of make_figures.py
 
 
 @pytest.fixture(scope="module")
