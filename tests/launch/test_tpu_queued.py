@@ -207,15 +207,20 @@ HANGS = """
 """
 
 
-def is_running(pid):
-    status = Path(f"/proc/{pid}/status")
-    return status.exists() and "zombie" not in status.read_text()
+def ends(pid):
+    """Whether a process that has been told to end does so, within seconds."""
+    status, deadline = Path(f"/proc/{pid}/status"), time.monotonic() + 10
+    while status.exists() and "zombie" not in status.read_text():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
 
 
 def test_an_earlier_connection_ends_with_its_processes(config, cloud):
     prefix_stand_in(cloud, "gcloud", HANGS)
     assert go(cloud, config, ["ACTIVE"], [], [0] * HOSTS)[:2] == (0, ["ssh", "ssh", "delete"])
-    assert not is_running((cloud / "child").read_text().strip())
+    assert ends((cloud / "child").read_text().strip())
     assert len(list((cloud / "logs").glob("trial-*.txt"))) == 2  # a log for each
 
 
@@ -229,7 +234,7 @@ def test_a_killed_script_takes_its_connection_with_it(config, cloud):
         time.sleep(0.02)
     process.terminate()
     assert process.wait(20) != 0
-    assert not is_running((cloud / "child").read_text().strip())
+    assert ends((cloud / "child").read_text().strip())
 
 
 def test_a_request_that_cannot_be_met_is_the_end(config, cloud):
