@@ -1,9 +1,9 @@
-r"""T5 1.1 XXL on two v6e slices of 64 chips through Cloud TPU's queued resources: a copy of the parameters in each.
+r"""T5 1.1 XXL on two v6e slices of 64 chips through Cloud TPU's queued resources: a copy of the parameters on each 16.
 
 python -m launch --config=configs/tpu_v6e_multislice.py --config.tpu_queued.project=mine --dry_run
 python -m launch --config=configs/tpu_v6e_multislice.py --config.tpu_queued.project=mine --config.slices=4 \
     --config.overrides="('TRAIN_STEPS=100000', 'BATCH_SIZE=2048', 'MeshShape.slice=4', 'MeshShape.fsdp=16', \
-    'MeshShape.data=4', \"CACHE_DIR='gs://my-bucket/sample'\", \
+    'MeshShape.data=4', \"ModelConfig.remat='minimal'\", \"CACHE_DIR='gs://my-bucket/sample'\", \
     \"VOCABULARY_FILE='gs://my-bucket/sample/vocabulary.model'\")"
 """
 
@@ -16,7 +16,7 @@ def get_config():
     config.gin_files = ("gin/models/t5_1_1_xxl.gin", "gin/mixtures/sample.gin", "gin/runs/pretrain.gin")
     config.overrides = (
         *("TRAIN_STEPS=100000", "BATCH_SIZE=1024"),
-        *("MeshShape.slice=2", "MeshShape.fsdp=16", "MeshShape.data=4"),
+        *("MeshShape.slice=2", "MeshShape.fsdp=16", "MeshShape.data=4", "ModelConfig.remat='minimal'"),
         # Where `prepare` with the same two bindings has put them.
         *("CACHE_DIR='gs://my-bucket/sample'", "VOCABULARY_FILE='gs://my-bucket/sample/vocabulary.model'"),
     )
