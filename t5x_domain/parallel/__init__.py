@@ -1,1 +1,1 @@
-"""Meshes, logical axes and the rules that map one to the other."""
+"""Meshes, the rules that map named axes to them, attention and cross-entropy over them, and the processes of a run."""

@@ -31,4 +31,5 @@ def cross_entropy(
     )
     in_specs = PartitionSpec(*rows, None), PartitionSpec(vocab, embed), rows, rows
     out_specs = PartitionSpec(), kernels.TokenScores(rows, rows)
+    # Replication is checked: gradients rely on it, each device's being whole and not a part to be added up.
     return jax.shard_map(compute, mesh=mesh, in_specs=in_specs, out_specs=out_specs)(hidden, kernel, targets, weights)
