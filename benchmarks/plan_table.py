@@ -68,7 +68,7 @@ def case_of(model: Model, name: str, slices: int) -> Case:
 
 def row(name: str, found: dict) -> str:
     """A line of the table."""
-    plan = Plan.of_json({key: value for key, value in found.items() if key not in ("fits", "tokens_per_second")})
+    plan = Plan.of_json(found)
     gib = lambda size: "" if size is None else f"{size / 2**30:.1f}"  # noqa: E731
     cells = [name, plan.topology, f"{plan.num_chips:,}", f"{plan.batch_size:,}"]
     if plan.memory is None:

@@ -21,8 +21,7 @@ def plans_table():
     rows = []
     for name, fields in found["plans"].items():
         model, chip = name.partition(" on ")[0], fields["topology"].partition(":")[0]
-        derived = ("fits", "tokens_per_second")
-        plan = Plan.of_json({key: value for key, value in fields.items() if key not in derived})
+        plan = Plan.of_json(fields)
         rows.append(((-plan.num_chips, MODELS.index(model), CHIPS.index(chip)), model, plan))
     lines = [source("plan_table", found["environment"]), ""]
     lines += ["| model | slice | chips | rows | mesh | parameters, optimizer | activations kept | temporaries | all |"]

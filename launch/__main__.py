@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> None:
 
 def _require_file() -> None:
     """Raises UserError if --config names no file: ml_collections says so with a traceback, at the first use."""
-    name = config_flags.get_config_filename(flags.FLAGS["config"])
+    name = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0]  # then an argument of get_config
     if not Path(name).is_file():
         raise UserError(f"--config={name}: there is no such file; those that are shipped are in configs/.")
 

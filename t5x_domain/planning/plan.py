@@ -90,7 +90,8 @@ class Plan:
 
     @classmethod
     def of_json(cls, fields: Mapping[str, Any]) -> "Plan":
-        """From what `dataclasses.asdict` gives."""
+        """From what `dataclasses.asdict` or `report.as_json` gives."""
+        fields = {field.name: fields[field.name] for field in dataclasses.fields(cls)}
         parts = {"memory": Memory, "bounds": Bounds}
         found = {name: fields[name] and part(**fields[name]) for name, part in parts.items()}
         found["collectives"] = [Collective(**collective) for collective in fields["collectives"]]

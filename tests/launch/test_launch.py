@@ -50,6 +50,13 @@ def test_a_dry_run_writes_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_config_may_take_an_argument(tmp_path):
+    lines = ["from configs import local", "def get_config(name):", "    config = local.get_config()"]
+    (tmp_path / "named.py").write_text("\n".join([*lines, "    config.name = name", "    return config"]))
+    result = launch(f"--config={tmp_path / 'named.py'}:other", "--dry_run")
+    assert "--run_dir=runs/other" in result.stdout, result.stderr
+
+
 def test_flags_set_fields_bindings_with_quotes_among_them():
     overrides = """("A='x y'", "B={'a': 1}")"""
     result = launch("--config=configs/local.py", "--config.name=other", f"--config.overrides={overrides}", "--dry_run")

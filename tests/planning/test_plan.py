@@ -23,6 +23,7 @@ from t5x_domain.parallel.sharding import put
 from t5x_domain.planning import memory, program
 from t5x_domain.planning.elsewhere import CompilerFailure, plan_elsewhere
 from t5x_domain.planning.plan import Case, Plan, build, plan
+from t5x_domain.planning.report import as_json
 from t5x_domain.planning.topologies import Topology
 from t5x_domain.training.optimizer import AdamW, Updates
 from t5x_domain.training.schedule import constant
@@ -113,7 +114,8 @@ def test_tokens_and_flops_are_those_of_the_run(planned):
 
 
 def test_a_plan_survives_json(planned):
-    assert Plan.of_json(json.loads(json.dumps(dataclasses.asdict(planned)))) == planned
+    for written in (dataclasses.asdict(planned), as_json(planned)):
+        assert Plan.of_json(json.loads(json.dumps(written))) == planned
 
 
 def planned_run(model, **changes):
